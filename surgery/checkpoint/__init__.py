@@ -1,0 +1,1 @@
+"""Bytes on disk: headers, lazy reads, planned writes and atomic commits. Knows no method."""
