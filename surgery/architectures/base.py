@@ -1,0 +1,147 @@
+"""What a file of facts about one model family says. Methods and checkpoint code read it; it knows neither."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .config import Config
+from .layouts import ExpertLayout
+
+Shape = tuple[int, ...]
+Shapes = Mapping[str, Shape]
+
+PROJECTIONS = ("gate", "up", "down")
+"""The three matrices of a SwiGLU feed-forward: gate and up are [F, D], down is [D, F]."""
+
+DENSE_FFN = {
+    "gate": "mlp.gate_proj.weight",
+    "up": "mlp.up_proj.weight",
+    "down": "mlp.down_proj.weight",
+}
+
+
+@dataclass(frozen=True)
+class RouterRule:
+    """How a family turns router logits into selected experts and their weights.
+
+    Attributes:
+        score: what logits become before selection.
+        top_k: experts a token selects.
+        renormalise: divide the selected scores by their sum.
+        scaling: factor on the final weights.
+        cast_weights: weights are cast back to the logits' dtype.
+    """
+
+    score: Literal["softmax"]
+    top_k: int
+    renormalise: bool
+    scaling: float = 1.0
+    cast_weights: bool = False
+
+    @property
+    def weights_sum_to_one(self) -> bool:
+        """Whether identical experts reproduce one expert, whatever the router says."""
+        return self.renormalise and self.scaling == 1.0
+
+
+@dataclass(frozen=True)
+class MoE:
+    """The mixture of a family.
+
+    Attributes:
+        layouts: every way its experts are stored, the Hub's own first.
+        expert_keys: spellings of the config key for the number of routed experts, the family's own first.
+        width_key: config key of an expert's hidden width.
+        rule: router semantics from the config.
+        is_moe_layer: which decoder layers hold experts.
+        shared: parameter shapes of shared experts of a layer, by name below the layer's prefix.
+    """
+
+    layouts: Sequence[ExpertLayout]
+    expert_keys: Sequence[str]
+    width_key: str
+    rule: Callable[[Config], RouterRule]
+    is_moe_layer: Callable[[Config, int], bool] = lambda config, layer: True
+    shared: Callable[[Config], Shapes] = lambda config: {}
+
+    def experts(self, config: Config) -> int:
+        return config.integer(*self.expert_keys)
+
+
+@dataclass(frozen=True)
+class DenseTarget:
+    """How a MoE family holds a dense parent's blocks.
+
+    Attributes:
+        parents: model types whose attention, norms and embeddings it holds unchanged.
+        config: the MoE config for (parent's config, experts, top_k); raises InputError with the reason where
+            this parent cannot be held.
+        neutral_shared: for families that require a shared expert, the names below the layer's prefix of its
+            ``gate``, ``up`` and ``down`` and of the ``switch`` in front of it.
+    """
+
+    parents: Sequence[str]
+    config: Callable[[Config, int, int], dict[str, object]]
+    neutral_shared: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Family:
+    """One ``model_type``.
+
+    Attributes:
+        model_type: the config's value.
+        class_name: the stock transformers class, as in the config's ``architectures``.
+        attention: parameter shapes of attention and norms of a layer, by name below the layer's prefix.
+        defaults: config values that stock transformers assumes where the file is silent.
+        moe: the mixture, or None for a dense family.
+        dense_ffn: names of the dense feed-forward below the layer's prefix.
+        target: how it is grown from a dense parent, or None.
+    """
+
+    model_type: str
+    class_name: str
+    attention: Callable[[Config], Shapes]
+    defaults: Mapping[str, object] = field(default_factory=dict)
+    moe: MoE | None = None
+    dense_ffn: Mapping[str, str] = field(default_factory=lambda: dict(DENSE_FFN))
+    dense_biases: Callable[[Config], bool] = lambda config: False
+    target: DenseTarget | None = None
+    prefix: str = "model.layers.{layer}."
+    embedding: str = "model.embed_tokens.weight"
+    final_norm: str = "model.norm.weight"
+    head: str = "lm_head.weight"
+
+
+def attention_shapes(
+    config: Config, *, qkv_bias: bool = False, output_bias: bool = False, qk_norm: str = "none"
+) -> dict[str, Shape]:
+    """Grouped-query attention and the two norms of a pre-norm block.
+
+    Args:
+        qk_norm: ``none``, ``head`` (one norm of head width, shared by all heads) or ``full`` (norms as wide
+            as the projections).
+    """
+    hidden, queries = config.hidden, config.heads * config.head_dim
+    keys = config.kv_heads * config.head_dim
+    shapes: dict[str, Shape] = {
+        "input_layernorm.weight": (hidden,),
+        "self_attn.q_proj.weight": (queries, hidden),
+        "self_attn.k_proj.weight": (keys, hidden),
+        "self_attn.v_proj.weight": (keys, hidden),
+        "self_attn.o_proj.weight": (hidden, queries),
+        "post_attention_layernorm.weight": (hidden,),
+    }
+    if qkv_bias:
+        shapes["self_attn.q_proj.bias"] = (queries,)
+        shapes["self_attn.k_proj.bias"] = shapes["self_attn.v_proj.bias"] = (keys,)
+    if output_bias:
+        shapes["self_attn.o_proj.bias"] = (hidden,)
+    if qk_norm == "head":
+        shapes["self_attn.q_norm.weight"] = shapes["self_attn.k_norm.weight"] = (config.head_dim,)
+    elif qk_norm == "full":
+        shapes["self_attn.q_norm.weight"] = (queries,)
+        shapes["self_attn.k_norm.weight"] = (keys,)
+    return shapes

@@ -1,0 +1,22 @@
+"""Llama (and SmolLM2, and every other checkpoint that says ``llama``): dense, pre-norm, rotary, SwiGLU."""
+
+from .base import Family, attention_shapes
+
+FAMILY = Family(
+    model_type="llama",
+    class_name="LlamaForCausalLM",
+    attention=lambda config: attention_shapes(
+        config,
+        qkv_bias=config.flag("attention_bias"),
+        output_bias=config.flag("attention_bias"),
+    ),
+    dense_biases=lambda config: config.flag("mlp_bias"),
+    defaults={
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 2048,
+        "rope_theta": 10000.0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+)

@@ -1,0 +1,283 @@
+"""What a checkpoint is, told from its config and headers alone: nothing is instantiated, no weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from . import methods
+from .architectures import families
+from .architectures.base import Family, RouterRule
+from .architectures.config import Config
+from .architectures.model import Layer, Model
+from .checkpoint.header import read_json
+from .checkpoint.hub import resolve
+from .checkpoint.reader import contained
+from .errors import InputError
+
+REPORT = "report.json"
+PROVENANCE = (
+    "moesurg",
+    "operation",
+    "method",
+    "options",
+    "seed",
+    "command",
+    "sources",
+    "tier",
+    "exactness",
+    "fingerprint",
+)
+"""Keys of our report that say where a folder came from."""
+
+COMPONENTS = (
+    "embedding",
+    "head",
+    "attention",
+    "norms",
+    "dense_ffn",
+    "router",
+    "experts",
+    "shared",
+    "other",
+)
+"""What parameters are counted under; ``other`` holds stored buffers and copies, which count in no total."""
+
+
+def inspect(source: str) -> dict[str, object]:
+    """The facts of a checkpoint.
+
+    Parameters active per token count the embedding and the head whole, as published figures do, and of the
+    routed experts the share that a token selects. A tied head is not counted twice.
+
+    Args:
+        source: a folder or a Hub id.
+
+    Raises:
+        InputError: the checkpoint is bad or unsupported, as `Model.open` finds it.
+    """
+    model = Model.open(resolve(source))
+    counts = _component_counts(model)
+    total = sum(count for component, count in counts.items() if component != "other")
+    routed = counts["experts"]
+    active = total - routed
+    if model.is_moe:
+        active += routed * model.rule.top_k // model.experts
+    record: dict[str, object] = {
+        "source": source,
+        "folder": str(model.folder),
+        "family": model.family.model_type,
+        "class": model.family.class_name,
+        "support": _support(model),
+        "layers": model.config.layers,
+        "tied_embeddings": model.config.tied,
+        "widths": _widths(model),
+        "parameters": {
+            "total": total,
+            "active_per_token": active,
+            "components": {name: counts[name] for name in COMPONENTS if counts[name]},
+        },
+        "dtypes": _dtypes(model),
+        "bytes": sum(info.nbytes for info in model.checkpoint.tensors.values()),
+        "tensors": len(model.checkpoint.tensors),
+        "shards": _shards(model),
+    }
+    if model.is_moe:
+        record["moe"] = _moe(model)
+        record["per_layer"] = [_layer_row(model, layer) for layer in model.layers]
+    else:
+        record["upcycle_targets"] = _targets(model)
+    record["methods"] = [
+        {"command": method.command, "name": method.name, "summary": method.info.summary}
+        for method in methods.methods()
+        if method.command == ("merge" if model.is_moe else "upcycle")
+    ]
+    provenance = _provenance(model)
+    if provenance is not None:
+        record["provenance"] = provenance
+    return record
+
+
+def _support(model: Model) -> dict[str, str]:
+    """What can be done with a model of this family."""
+    name = model.family.model_type
+    if model.is_moe:
+        return {"tier": "mixture", "sentence": f"{name}: its experts can be merged"}
+    grown = [family.model_type for family in _parents(name)]
+    if grown:
+        return {"tier": "parent", "sentence": f"{name}: can be upcycled to {' or '.join(grown)}"}
+    return {"tier": "readable", "sentence": f"{name}: can be inspected and evaluated"}
+
+
+def _parents(model_type: str) -> list[Family]:
+    """The families that can hold this dense model's blocks."""
+    return [
+        family
+        for _, family in sorted(families().items())
+        if family.target is not None and model_type in family.target.parents
+    ]
+
+
+def _widths(model: Model) -> dict[str, int]:
+    config, moe = model.config, model.family.moe
+    found = {
+        "hidden": config.hidden,
+        "heads": config.heads,
+        "kv_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "vocabulary": config.vocab,
+    }
+    if any(layer.ffn for layer in model.layers):
+        found["dense_ffn"] = config.integer("intermediate_size")
+    if moe is not None:
+        found["expert"] = config.integer(moe.width_key)
+        downs = [shape for name, shape in moe.shared(config).items() if "down_proj" in name]
+        if downs:
+            found["shared_expert"] = downs[0][1]
+    return found
+
+
+def _component_counts(model: Model) -> dict[str, int]:
+    tensors, family = model.checkpoint.tensors, model.family
+    component = {family.embedding: "embedding", family.final_norm: "norms"}
+    component[family.head] = "other" if model.config.tied else "head"
+    for layer in model.layers:
+        component.update(_layer_components(layer))
+    counts = dict.fromkeys(COMPONENTS, 0)
+    for name, info in tensors.items():
+        counts[component.get(name, "other")] += _count(info.shape)
+    return counts
+
+
+def _layer_components(layer: Layer) -> dict[str, str]:
+    ffn = {region.tensor for region in layer.ffn.values()}
+    ffn |= {name.removesuffix(".weight") + ".bias" for name in ffn}
+    routed = set(layer.experts.names) if layer.experts else set()
+    router = layer.experts.router.tensor if layer.experts else ""
+    found = {}
+    for name in layer.names:
+        if name == router:
+            found[name] = "router"
+        elif name in routed:
+            found[name] = "experts"
+        elif name in layer.shared:
+            found[name] = "shared"
+        elif name in ffn:
+            found[name] = "dense_ffn"
+        else:
+            found[name] = "norms" if "norm" in name.rsplit(".", 2)[-2] else "attention"
+    return found
+
+
+def _dtypes(model: Model) -> dict[str, dict[str, int]]:
+    found: dict[str, dict[str, int]] = {}
+    for info in model.checkpoint.tensors.values():
+        row = found.setdefault(info.dtype, {"tensors": 0, "parameters": 0, "bytes": 0})
+        row["tensors"] += 1
+        row["parameters"] += _count(info.shape)
+        row["bytes"] += info.nbytes
+    return dict(sorted(found.items()))
+
+
+def _shards(model: Model) -> list[dict[str, object]]:
+    held = dict.fromkeys(model.checkpoint.files, 0)
+    for info in model.checkpoint.tensors.values():
+        held[info.file] += 1
+    return [
+        {"file": path.name, "bytes": path.stat().st_size, "tensors": count}
+        for path, count in held.items()
+    ]
+
+
+def _moe(model: Model) -> dict[str, object]:
+    rule = model.rule
+    return {
+        "layers": len(model.moe_layers),
+        "experts": model.experts,
+        "top_k": rule.top_k,
+        "layout": model.layout.kind if model.layout else None,
+        "router": {
+            "score": rule.score,
+            "renormalise": rule.renormalise,
+            "scaling": rule.scaling,
+            "sentence": _rule_sentence(rule),
+        },
+        "identical_experts": _identical(rule),
+    }
+
+
+def _rule_sentence(rule: RouterRule) -> str:
+    parts = [f"{rule.score} over all experts", f"top {rule.top_k}"]
+    parts.append("divided by their sum" if rule.renormalise else "not renormalised")
+    if rule.scaling != 1.0:
+        parts.append(f"times {rule.scaling:g}")
+    return ", ".join(parts)
+
+
+def _identical(rule: RouterRule) -> dict[str, object]:
+    """Whether copies of one feed-forward as experts compute that feed-forward."""
+    if rule.weights_sum_to_one:
+        reason = "the weights of the selected experts sum to one, so identical experts act as one"
+    elif rule.renormalise:
+        reason = f"the weights of the selected experts sum to {rule.scaling:g}, not to one"
+    else:
+        reason = "the weights of the selected experts are not renormalised and sum to less than one"
+    return {"reproduce_dense": rule.weights_sum_to_one, "reason": reason}
+
+
+def _targets(model: Model) -> list[dict[str, object]]:
+    """The families a dense model can be grown into, and why not where it cannot."""
+    found: list[dict[str, object]] = []
+    for family in _parents(model.family.model_type):
+        if family.target is None or family.moe is None:
+            continue
+        try:
+            raw = family.target.config(model.config, 2, 2)
+        except InputError as error:
+            found.append({"family": family.model_type, "possible": False, "reason": error.message})
+            continue
+        rule = family.moe.rule(Config(raw, family.defaults, family.model_type))
+        row = {"family": family.model_type, "possible": True, **_identical(rule)}
+        if family.target.neutral_shared:
+            row["adds_shared_expert"] = family.target.neutral_shared
+        found.append(row)
+    return found
+
+
+def _layer_row(model: Model, layer: Layer) -> dict[str, object]:
+    sizes = {name: _count(model.checkpoint.tensors[name].shape) for name in layer.names}
+    row: dict[str, object] = {"layer": layer.index, "kind": "dense", "experts": 0, "top_k": 0}
+    total = sum(sizes.values())
+    active = total
+    if layer.experts is not None:
+        routed = (
+            sum(sizes[name] for name in layer.experts.names) - sizes[layer.experts.router.tensor]
+        )
+        active = total - routed + routed * model.rule.top_k // layer.experts.count
+        row.update(kind="moe", experts=layer.experts.count, top_k=model.rule.top_k)
+        row["width"] = layer.experts.width
+        row["shared"] = sum(sizes[name] for name in layer.shared)
+    else:
+        row["width"] = model.config.integer("intermediate_size")
+        row["shared"] = 0
+    infos = (model.checkpoint.tensors[name] for name in layer.names)
+    row.update(parameters=total, active=active, bytes=sum(info.nbytes for info in infos))
+    row["dtypes"] = sorted({model.dtype(name) for name in layer.names})
+    return row
+
+
+def _provenance(model: Model) -> dict[str, Any] | None:
+    """What our own report in the folder says of its origin, if there is one."""
+    if not (model.folder / REPORT).is_file():
+        return None
+    report: Mapping[str, Any] = read_json(contained(model.folder, REPORT))
+    if not isinstance(report.get("fingerprint"), str):
+        return None  # somebody else's report.json
+    return {key: report[key] for key in PROVENANCE if key in report}
+
+
+def _count(shape: Iterable[int]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
