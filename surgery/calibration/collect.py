@@ -1,0 +1,319 @@
+"""One pass over a text that collects what merging and pruning methods ask about the experts.
+
+The stock router decides: its own indices and weights reach a module that stands for the stock
+experts, computes their outputs from the stock weights in the stock order, and adds up what
+`statistics.py` defines. Padding takes part in nothing. The router's raw logits are read by a hook.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..architectures.model import Experts, Model
+from ..checkpoint.reader import TensorReader
+from ..errors import InputError, MoesurgError, UsageError
+from .forward import STATES_IN_MEMORY, LayerStream, Step
+from .sequences import Batch, Sequences
+from .statistics import JSON_FILE, SCHEMA_VERSION, TENSOR_FILE
+from .sums import Sums
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+Mode = Literal["all", "routed"]
+Progress = Callable[[str, int, int], None]
+"""Told what is being done, how much of it is finished, and how much there is."""
+
+
+@dataclass
+class Collected:
+    """Statistics in memory.
+
+    Attributes:
+        manifest: what was run on what, JSON values; without the model's digest until :meth:`files`.
+        tensors: every array by its name in the file.
+    """
+
+    manifest: dict[str, object]
+    tensors: dict[str, NDArray[np.generic]] = field(default_factory=dict)
+
+    def files(self, extra: Mapping[str, object] | None = None) -> dict[str, bytes]:
+        """The files of a statistics folder, by name. The same statistics give the same bytes.
+
+        Args:
+            extra: further JSON values of the manifest, such as ``{"model_sha256":
+            model_digest(...)}``.
+        """
+        from safetensors.numpy import save
+
+        manifest = {**self.manifest, **(extra or {})}
+        text = json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        # No metadata: the library writes its keys in random order.
+        return {TENSOR_FILE: save(self.tensors), JSON_FILE: text.encode()}
+
+
+class LayerCollector:
+    """What one MoE layer adds up while its batches pass.
+
+    Args:
+        facts: the layer's experts.
+        index: the layer.
+        sequences: for the number of domains.
+        sampled: places of the tokens whose inputs are kept, ascending.
+    """
+
+    def __init__(
+        self,
+        facts: Experts,
+        index: int,
+        sequences: Sequences,
+        device: torch.device,
+        *,
+        mode: Mode,
+        gram: bool,
+        trace: bool,
+        sampled: NDArray[np.int64],
+    ) -> None:
+        self.index, self.mode, self.sampled = index, mode, sampled
+        self.sums = [
+            Sums(facts.count, facts.hidden, all_experts=mode == "all", gram=gram, device=device)
+            for _ in sequences.domains
+        ]
+        self.trace: list[torch.Tensor] | None = [] if trace else None
+        self.inputs: list[torch.Tensor] = []
+        self.batch: Batch | None = None
+        self._logits_TE: torch.Tensor | None = None
+
+    def attach(self, module: nn.Module) -> None:
+        """Put the collector into a materialised layer."""
+        block: Any = module.get_submodule("mlp")
+        block.gate.register_forward_hook(self._see_logits)
+        block.experts = CollectingExperts(block.experts, self)
+
+    def begin(self, batch: Batch) -> None:
+        """Tell which batch comes next."""
+        self.batch = batch
+
+    def _see_logits(self, module: nn.Module, args: object, output: Any) -> None:
+        self._logits_TE = output[0] if isinstance(output, tuple) else output
+
+    def add(
+        self,
+        experts: CollectingExperts,
+        input_TD: torch.Tensor,
+        index_TK: torch.Tensor,
+        weight_TK: torch.Tensor,
+        norm_TK: torch.Tensor,
+        real_T: torch.Tensor,
+    ) -> None:
+        """The real tokens of a batch, after their routed outputs."""
+        batch, logits_TE = self.batch, self._logits_TE
+        if batch is None or logits_TE is None or logits_TE.shape[0] != len(real_T):
+            raise MoesurgError(f"layer {self.index}: the router's logits were not seen")
+        sums = self.sums[batch.domain]
+        input_TD, index_TK = input_TD[real_T], index_TK[real_T]
+        sums.add_routing(index_TK, weight_TK[real_T], norm_TK[real_T], logits_TE[real_T])
+        sums.add_inputs(input_TD)
+        if self.mode == "all":
+            sums.add_all_outputs(input_TD, experts.output)
+        if self.trace is not None:
+            self.trace.append(index_TK.cpu())
+        first, last = np.searchsorted(self.sampled, (batch.start, batch.stop))
+        if first < last:
+            rows = torch.from_numpy(self.sampled[first:last] - batch.start).to(input_TD.device)
+            self.inputs.append(input_TD[rows].float().cpu())
+        self._logits_TE = None
+
+    def tensors(self, sequences: Sequences) -> dict[str, NDArray[np.generic]]:
+        """The layer's arrays by their names in the file.
+
+        Raises:
+            InputError: a sum is not finite.
+        """
+        found: dict[str, NDArray[np.generic]] = {}
+        for domain, sums in zip(sequences.domains, self.sums, strict=True):
+            bad = sums.non_finite()
+            if bad is not None:
+                raise not_finite(self.index, bad[1], f"{bad[0]} of domain {domain!r}")
+            for name, value in sums.fields.items():
+                found[f"layers.{self.index}.{domain}.{name}"] = value.cpu().numpy()
+        if self.trace is not None:
+            experts = self.sums[0].experts
+            kind = np.uint8 if experts <= 256 else np.uint16
+            found[f"trace.{self.index}"] = torch.cat(self.trace).numpy().astype(kind)
+        if len(self.sampled):
+            found[f"inputs.{self.index}"] = torch.cat(self.inputs).numpy()
+        return found
+
+
+class CollectingExperts(nn.Module):
+    """Stands for the stock experts: the same outputs, bit for bit, seen by a collector."""
+
+    def __init__(self, stock: nn.Module, collector: LayerCollector) -> None:
+        super().__init__()
+        self.stock: Any = stock
+        self.collector = collector
+
+    def output(self, expert: int, input_TD: torch.Tensor) -> torch.Tensor:
+        """f_e of [T, D] inputs."""
+        gate_TF, up_TF = nn.functional.linear(input_TD, self.stock.gate_up_proj[expert]).chunk(
+            2, -1
+        )
+        hidden_TF = self.stock.act_fn(gate_TF) * up_TF
+        return nn.functional.linear(hidden_TF, self.stock.down_proj[expert])
+
+    def forward(
+        self, input_TD: torch.Tensor, index_TK: torch.Tensor, weight_TK: torch.Tensor
+    ) -> torch.Tensor:
+        """The routed mixture of a batch, [T, D]; what stock transformers computes."""
+        collector = self.collector
+        if collector.batch is None:
+            raise MoesurgError(f"layer {collector.index}: a batch was not announced")
+        mask_BT = torch.from_numpy(collector.batch.mask_BT)
+        real_T = mask_BT.to(input_TD.device).flatten()
+        sums = collector.sums[collector.batch.domain]
+        mixed_TD = torch.zeros_like(input_TD)
+        norm_TK = torch.zeros(index_TK.shape, dtype=torch.float64, device=input_TD.device)
+        for expert in torch.unique(index_TK).tolist():
+            slot_N, token_N = torch.where(expert == index_TK.T)
+            output_ND = self.output(expert, input_TD[token_N])
+            weighted_ND = output_ND * weight_TK[token_N, slot_N, None]
+            mixed_TD.index_add_(0, token_N, weighted_ND.to(mixed_TD.dtype))
+            norm_N = torch.linalg.vector_norm(output_ND, dim=-1, dtype=torch.float64)
+            norm_TK[token_N, slot_N] = norm_N
+            real_N = real_T[token_N]
+            if not bool(torch.isfinite(norm_N[real_N]).all()):
+                raise not_finite(collector.index, expert, "output")
+            sums.add_routed_output(expert, output_ND[real_N])
+        collector.add(self, input_TD, index_TK, weight_TK, norm_TK, real_T)
+        return mixed_TD
+
+
+def not_finite(layer: int, expert: int, what: str) -> InputError:
+    """The error that names the culprit of a value that is not finite."""
+    return InputError(
+        f"layer {layer}, expert {expert}: its {what} is not finite on this text",
+        hint="the weights are damaged, or too large for the compute dtype",
+    )
+
+
+def collect(
+    model: Model,
+    reader: TensorReader,
+    sequences: Sequences,
+    *,
+    mode: Mode = "all",
+    device: str = "cpu",
+    inputs: int = 0,
+    gram: bool = False,
+    trace: bool = False,
+    max_memory: int = STATES_IN_MEMORY,
+    scratch: Path | None = None,
+    progress: Progress | None = None,
+) -> Collected:
+    """Run the text through the model and add up statistics of every MoE layer.
+
+    Args:
+        mode: ``routed`` computes selected experts only; ``all`` also every expert on every token,
+            which output similarities need.
+        inputs: keep this many rows of each mixture's input, evenly spread over the text, the same
+            tokens in all layers.
+        gram: keep the Gram matrix of each mixture's inputs.
+        trace: keep which experts every token selects.
+        max_memory, scratch: of the hidden states, see :class:`LayerStream`.
+
+    Raises:
+        InputError: the model has no experts, or a value is not finite.
+        UsageError: more inputs are asked for than there are tokens.
+    """
+    if not model.moe_layers:
+        raise InputError(f"{model.folder}: {model.family.model_type} has no experts to calibrate")
+    if not 0 <= inputs <= sequences.total:
+        raise UsageError(f"--inputs: expected 0 to {sequences.total} (tokens), found {inputs}")
+    stream = LayerStream(model, reader, device=device, max_memory=max_memory, scratch=scratch)
+    sampled = np.arange(inputs, dtype=np.int64) * sequences.total // max(1, inputs)
+    last = model.moe_layers[-1].index
+    collected = Collected(_manifest(model, sequences, stream.device, mode))
+    with stream.run(sequences) as run:
+        if inputs or trace:
+            collected.tensors.update(_places(run.batches, sampled, trace=trace))
+        for step in run.layers():
+            collector = _collector(step, mode=mode, gram=gram, trace=trace, sampled=sampled)
+            if collector is None:
+                step.advance()
+            else:
+                collector.attach(step.module)
+                step.advance(collector.begin)
+                collected.tensors.update(collector.tensors(sequences))
+            if progress is not None:
+                progress("layer", step.index + 1, last + 1)
+            if step.index == last:  # what follows has no experts
+                break
+    return collected
+
+
+def _collector(
+    step: Step, *, mode: Mode, gram: bool, trace: bool, sampled: NDArray[np.int64]
+) -> LayerCollector | None:
+    if step.layer.experts is None:
+        return None
+    run = step.run
+    return LayerCollector(
+        step.layer.experts,
+        step.index,
+        run.sequences,
+        run.stream.device,
+        mode=mode,
+        gram=gram,
+        trace=trace,
+        sampled=sampled,
+    )
+
+
+def _places(
+    batches: list[Batch], sampled: NDArray[np.int64], *, trace: bool
+) -> dict[str, NDArray[np.generic]]:
+    """Which token and sequence the rows of inputs and traces belong to."""
+    found: dict[str, NDArray[np.generic]] = {}
+    if len(sampled):
+        ids_T = np.concatenate([batch.ids_BT[batch.mask_BT] for batch in batches])
+        domain_T = np.concatenate([np.full(b.stop - b.start, b.domain) for b in batches])
+        found["inputs.token_ids"] = ids_T[sampled]
+        found["inputs.domains"] = domain_T[sampled].astype(np.int64)
+    if trace:
+        lengths = [length for batch in batches for length in batch.lengths]
+        domains = [batch.domain for batch in batches for _ in batch.lengths]
+        found["sequences.lengths"] = np.asarray(lengths, np.int64)
+        found["sequences.domains"] = np.asarray(domains, np.int64)
+    return found
+
+
+def _manifest(
+    model: Model, sequences: Sequences, device: torch.device, mode: Mode
+) -> dict[str, object]:
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "model_type": model.family.model_type,
+        "mode": mode,
+        "layers": [layer.index for layer in model.moe_layers],
+        "experts": model.experts,
+        "top_k": model.rule.top_k,
+        "hidden": model.config.hidden,
+        "text": sequences.manifest(),
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers", "tokenizers", "numpy")},
+        },
+    }

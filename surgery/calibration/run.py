@@ -1,0 +1,259 @@
+"""Statistics for a run: taken from a folder, or collected on the spot; and the ``calibrate`` command's work."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from .. import __version__
+from ..architectures.model import Model
+from ..checkpoint.commit import Staging
+from ..checkpoint.hub import resolve
+from ..checkpoint.reader import TensorReader
+from ..digests import Digests, header_digest, weight_files
+from ..errors import InputError
+from ..methods.base import DataNeed
+from ..progress import Progress, Stop, stoppable
+from .corpus import Corpus, read_corpus
+from .sequences import Sequences, tokenise
+from .statistics import JSON_FILE, TENSOR_FILE, Statistics, model_digest
+
+
+class StatisticsSource(Protocol):
+    """Where a run's statistics come from."""
+
+    identity: dict[str, Any]
+    """What decides them, for the run's fingerprint."""
+
+    def load(self, staging: Staging, progress: Progress, stop: Stop) -> Statistics:
+        """The statistics, collected now if need be."""
+
+    def check(self, model: Model, digests: Mapping[Path, str]) -> None:
+        """Raise InputError unless they are of exactly these weights."""
+
+    def arguments(self) -> list[str]:
+        """The command-line arguments that ask for them."""
+
+
+def statistics_source(
+    model: Model,
+    *,
+    calibration: Path | None,
+    data: Sequence[Path],
+    tokens: int,
+    seq_len: int,
+    mode: DataNeed,
+    device: str,
+) -> StatisticsSource:
+    """A folder's statistics if one is given, otherwise statistics of ``data`` or the built-in text.
+
+    Raises:
+        InputError: a folder of another model or without what the method needs, or unusable text.
+    """
+    if calibration is None:
+        return _Fresh(model, data, tokens, seq_len, mode, device)
+    return _Given(model, calibration, mode)
+
+
+def describe(statistics: Statistics) -> dict[str, Any]:
+    """What a report says of statistics."""
+    text = statistics.manifest["text"]
+    tokens = text.get("tokens") if isinstance(text, dict) else None
+    return {
+        "sha256": statistics.digest,
+        "mode": statistics.mode,
+        "domains": statistics.domains,
+        "tokens": tokens,
+        "text": text,
+    }
+
+
+class _Given:
+    """Statistics that ``moesurg calibrate`` made."""
+
+    def __init__(self, model: Model, folder: Path, mode: DataNeed) -> None:
+        self._folder = folder
+        self._statistics = Statistics.open(folder)
+        self._statistics.check_model(model)
+        if mode == "all-expert" and self._statistics.mode != "all":
+            raise InputError(
+                f"{folder}: the method needs all-expert statistics, these are of routed experts only",
+                hint="rerun calibrate without --routed-only",
+            )
+        self.identity: dict[str, Any] = {"folder": self._statistics.digest}
+
+    def load(self, staging: Staging, progress: Progress, stop: Stop) -> Statistics:
+        return self._statistics
+
+    def check(self, model: Model, digests: Mapping[Path, str]) -> None:
+        self._statistics.check_model(model, model_digest(model.checkpoint, digests))
+
+    def arguments(self) -> list[str]:
+        return ["--calibration", str(self._folder)]
+
+
+class _Fresh:
+    """Statistics collected by the run itself, kept in its staging folder until the commit."""
+
+    def __init__(
+        self,
+        model: Model,
+        data: Sequence[Path],
+        tokens: int,
+        seq_len: int,
+        mode: DataNeed,
+        device: str,
+    ) -> None:
+        self._model, self._data, self._device = model, data, device
+        self._mode = "all" if mode == "all-expert" else "routed"
+        self._tokens, self._seq_len = tokens, seq_len
+        self._corpus = read_corpus(data)
+        self.identity: dict[str, Any] = {
+            "text": {domain.name: domain.digest for domain in self._corpus.domains},
+            "tokens": tokens,
+            "seq_len": seq_len,
+            "mode": self._mode,
+            "device": device,
+        }
+
+    def load(self, staging: Staging, progress: Progress, stop: Stop) -> Statistics:
+        # A kept file may be from a run killed while writing it, so collect again: same text, same bytes.
+        sequences = tokenise(
+            self._corpus, self._model.folder, tokens=self._tokens, seq_len=self._seq_len
+        )
+        _tell_short(sequences, progress)
+        files = _collect(
+            self._model,
+            sequences,
+            staging.path,
+            progress,
+            stop,
+            mode=self._mode,
+            device=self._device,
+        )
+        for name, data in files.items():
+            staging.write_file(name, data)
+        return Statistics.open(staging.path)
+
+    def check(self, model: Model, digests: Mapping[Path, str]) -> None:
+        """They were collected from the weights being read."""
+
+    def arguments(self) -> list[str]:
+        words = [word for file in self._data for word in ("--data", str(file))]
+        return [*words, "--tokens", str(self._tokens), "--seq-len", str(self._seq_len)]
+
+
+def _collect(
+    model: Model,
+    sequences: Sequences,
+    scratch: Path,
+    progress: Progress,
+    stop: Stop,
+    **options: Any,
+) -> dict[str, bytes]:
+    """Collect statistics and their model's digest; returns the folder's files."""
+    from .collect import collect
+
+    digests = Digests(weight_files(model))
+    done = 0
+
+    def report(_: str, finished: int, total: int) -> None:
+        nonlocal done
+        if not done:
+            progress.stage("calibrating", total)
+        progress.advance(finished - done)
+        done = finished
+        stop.check()
+
+    with TensorReader(model.checkpoint) as reader:
+        collected = collect(model, reader, sequences, scratch=scratch, progress=report, **options)
+    digest = model_digest(model.checkpoint, digests.finish())
+    return collected.files({"model_sha256": digest, "moesurg": __version__})
+
+
+def _tell_short(sequences: Sequences, progress: Progress) -> None:
+    found = sequences.total
+    if found < sequences.tokens:
+        progress.warn(
+            f"the text gives {found:,} of the {sequences.tokens:,} tokens asked for "
+            + ", ".join(f"{name}: {count:,}" for name, count in sequences.tokens_by_domain.items())
+        )
+
+
+def calibrate(
+    source: str,
+    output: Path,
+    *,
+    data: Sequence[Path],
+    tokens: int,
+    seq_len: int,
+    mode: DataNeed,
+    inputs: int,
+    gram: bool,
+    trace: bool,
+    device: str,
+    force: bool,
+    resume: bool,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Run text through a mixture once and write its statistics folder.
+
+    Args:
+        mode: ``all-expert`` computes every expert on every token; ``routed`` only selected ones.
+        inputs: rows of each mixture's input to keep.
+        gram: keep the Gram matrix of those inputs.
+        trace: keep which experts every token selected.
+
+    Returns:
+        What was collected, JSON values.
+
+    Raises:
+        MoesurgError: any of its kinds; nothing is left behind.
+    """
+    started = time.monotonic()
+    model = Model.open(resolve(source))
+    if not model.moe_layers:
+        raise InputError(f"{model.folder}: {model.family.model_type} has no experts to calibrate")
+    corpus: Corpus = read_corpus(data)
+    options: dict[str, Any] = {
+        "mode": "all" if mode == "all-expert" else "routed",
+        "inputs": inputs,
+        "gram": gram,
+        "trace": trace,
+        "device": device,
+    }
+    identity = {
+        "moesurg": __version__,
+        "command": "calibrate",
+        "source": header_digest(model),
+        "text": {domain.name: domain.digest for domain in corpus.domains},
+        "tokens": tokens,
+        "seq_len": seq_len,
+        **options,
+    }
+    sequences = tokenise(corpus, model.folder, tokens=tokens, seq_len=seq_len)
+    _tell_short(sequences, progress)
+    with (
+        stoppable(progress) as stop,
+        Staging.open(
+            output, identity, force=force, resume=resume, inputs=[model.folder, *data]
+        ) as staging,
+    ):
+        if not staging.complete:
+            files = _collect(model, sequences, staging.path, progress, stop, **options)
+            for name, content in files.items():
+                staging.write_file(name, content)
+            staging.commit()
+    statistics = Statistics.open(output)
+    return {
+        "schema_version": 1,
+        "command": "calibrate",
+        "output": str(output),
+        "layers": statistics.layers,
+        "experts": statistics.experts,
+        **describe(statistics),
+        "files": [TENSOR_FILE, JSON_FILE],
+        "seconds": round(time.monotonic() - started, 3),
+    }
