@@ -1,0 +1,187 @@
+"""Running one unit of a plan: read regions, compute, write regions at their planned offsets.
+
+A worker opens its own inputs and the staged shards, so that nothing but small records travels between processes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .architectures.model import Model
+from .checkpoint.dtypes import torch_dtype
+from .checkpoint.layout import lay_out
+from .checkpoint.reader import TensorReader
+from .checkpoint.region import Region
+from .checkpoint.writer import ShardWriter
+from .errors import InputError, MoesurgError
+from .methods import load
+from .plan import COPY_BUFFER, Plan, Unit, element_bytes
+from .seeding import stream
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+PLAN_FILE = "plan.json"
+
+
+class Runner:
+    """Runs units of one plan into one staging folder."""
+
+    def __init__(self, plan: Plan, folder: Path, models: Sequence[Model]) -> None:
+        self.plan = plan
+        self.models = models
+        self.specs = {spec.name: spec for spec in plan.tensors}
+        self.readers = [TensorReader(model.checkpoint) for model in models]
+        shards = lay_out(plan.tensors, max_shard_bytes=plan.max_shard_bytes)
+        self.writer = ShardWriter(folder, shards, create=False)
+        self.method = load(plan.command, plan.method)
+        self._buffer = bytearray(COPY_BUFFER)
+        self._units = {unit.id: unit for unit in plan.units}
+
+    @classmethod
+    def open(cls, folder: Path) -> Runner:
+        """A runner in a worker process, from the staged plan."""
+        plan = Plan.from_json((folder / PLAN_FILE).read_text())
+        return cls(plan, folder, [Model.open(Path(source)) for source in plan.sources])
+
+    def close(self) -> None:
+        for reader in self.readers:
+            reader.close()
+        self.writer.close()
+
+    def run(self, unit_id: str, decision: Any) -> dict[str, object]:
+        """Run a unit and return its metrics.
+
+        Raises:
+            InputError: a source is damaged; the message names file and tensor.
+        """
+        unit = self._units[unit_id]
+        for move in unit.moves:
+            self._copy(move.read, move.writes)
+        if unit.kind == "copy":
+            return {}
+        import torch
+
+        work = Work(self, unit, decision)
+        threads = torch.get_num_threads()
+        # Sums and factorisations round differently with another number of threads: one, always.
+        torch.set_num_threads(1)
+        try:
+            with torch.inference_mode():
+                metrics = self.method.transform(work)
+        finally:
+            torch.set_num_threads(threads)
+        work.finish()
+        if work.casts:
+            metrics = {**metrics, "cast_error": max(work.casts.values())}
+        return metrics
+
+    def _copy(self, read: Region, writes: Sequence[Region]) -> None:
+        info = self.readers[read.source].info(read.tensor)
+        size = element_bytes(info.dtype)
+        first, count = read.span()
+        if not read.contiguous or not all(region.contiguous for region in writes):
+            raise MoesurgError(f"copies are of contiguous regions, {read.tensor!r} is not")
+        position, total = first * size, count * size
+        done = 0
+        while done < total:
+            length = min(COPY_BUFFER, total - done)
+            view = memoryview(self._buffer)[:length]
+            self.readers[read.source].read_into(info, position + done, view)
+            for region in writes:
+                self.writer.write(region.tensor, view, offset=region.offset * size + done)
+            done += length
+
+
+class Work:
+    """What a transform is given: lazy reads, planned writes, its parameters and its own randomness."""
+
+    def __init__(self, runner: Runner, unit: Unit, decision: Any) -> None:
+        self._runner = runner
+        self._written: set[Region] = set()
+        self.unit = unit
+        self.decision = decision
+        self.casts: dict[str, float] = {}
+
+    @property
+    def params(self) -> Any:
+        return self.unit.params
+
+    @property
+    def models(self) -> Sequence[Model]:
+        return self._runner.models
+
+    @property
+    def model(self) -> Model:
+        """The first (often only) source."""
+        return self._runner.models[0]
+
+    @cached_property
+    def layer(self) -> int:
+        if self.unit.layer is None:
+            raise MoesurgError(f"unit {self.unit.id} belongs to no layer")
+        return self.unit.layer
+
+    def rng(self, *path: str | int) -> np.random.Generator:
+        """The random stream of a purpose; the same wherever and whenever the unit runs."""
+        return stream(self._runner.plan.seed, self._runner.plan.method, *path)
+
+    def read(self, region: Region) -> torch.Tensor:
+        """A region as float32, or float64 where it is stored so."""
+        import torch
+
+        stored = self._runner.readers[region.source].read(region)
+        return stored if stored.dtype == torch.float64 else stored.float()
+
+    def write(self, region: Region, tensor: torch.Tensor) -> None:
+        """Cast once to the planned type and write.
+
+        Raises:
+            MoesurgError: not a region of this unit, or another shape.
+            InputError: the result is not finite in the planned type.
+        """
+        import torch
+
+        if region not in self.unit.writes or tuple(tensor.shape) != region.shape:
+            raise MoesurgError(
+                f"unit {self.unit.id}: writes {tuple(tensor.shape)} to {region}, which is not planned"
+            )
+        spec = self._runner.specs[region.tensor]
+        cast = tensor.to(torch_dtype(spec.dtype))
+        if not bool(torch.isfinite(cast).all()):
+            raise InputError(
+                f"unit {self.unit.id}: the result for {region.tensor!r} is not finite in {spec.dtype}",
+                hint="the input holds values too large for its type to be averaged",
+            )
+        norm = float(tensor.double().norm())
+        if norm > 0:
+            error = float((cast.to(tensor.dtype) - tensor).double().norm()) / norm
+            self.casts[region.tensor] = max(self.casts.get(region.tensor, 0.0), error)
+        self._put(region, cast)
+        self._written.add(region)
+
+    def finish(self) -> None:
+        """Check that all planned regions were written."""
+        missing = [region for region in self.unit.writes if region not in self._written]
+        if missing:
+            raise MoesurgError(f"unit {self.unit.id} did not write {missing[0]}")
+
+    def _put(self, region: Region, cast: torch.Tensor) -> None:
+        import torch
+
+        size = cast.element_size()
+        if region.contiguous:
+            data = cast.contiguous().view(torch.uint8).reshape(-1).numpy().data
+            self._runner.writer.write(region.tensor, data, offset=region.offset * size)
+            return
+        raise MoesurgError(f"region {region} is strided, which no supported family writes")
+
+
+def dump_decision(decision: Any) -> str:
+    """Decisions as text that is the same on every run."""
+    return json.dumps(decision, sort_keys=True, separators=(",", ":"))

@@ -1,0 +1,1 @@
+"""Ways of running the units of a plan."""

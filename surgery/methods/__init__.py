@@ -1,0 +1,62 @@
+"""Every operation, one file a method, a folder a kind. The listing is the registry; nothing here imports torch."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from functools import cache
+from types import ModuleType
+
+from ..errors import UsageError
+from .base import Method
+
+FOLDERS = {"upcycle": ("upcycle",), "merge": ("experts",)}
+"""Which folders hold the methods of a command."""
+
+
+@cache
+def names(command: str) -> tuple[str, ...]:
+    """The methods of a command, from the folder listing alone."""
+    return tuple(name for name, _ in _listing(command))
+
+
+def load(command: str, name: str) -> Method:
+    """A method by command and name.
+
+    Raises:
+        UsageError: no such method; lists those there are.
+    """
+    for found, module in _listing(command):
+        if found == name:
+            return _method(command, name, importlib.import_module(module, __name__))
+    raise UsageError(
+        f"{command} has no method {name!r}", hint=f"its methods are {', '.join(names(command))}"
+    )
+
+
+def methods() -> list[Method]:
+    """Every method of every command, sorted."""
+    return [load(command, name) for command in sorted(FOLDERS) for name in names(command)]
+
+
+def _listing(command: str) -> list[tuple[str, str]]:
+    found = []
+    for folder in FOLDERS[command]:
+        package = importlib.import_module(f".{folder}", __name__)
+        for module in pkgutil.iter_modules(package.__path__):
+            if not module.name.startswith("_"):
+                found.append((module.name.replace("_", "-"), f".{folder}.{module.name}"))
+    return sorted(found)
+
+
+def _method(command: str, name: str, module: ModuleType) -> Method:
+    return Method(
+        command=command,
+        name=name,
+        info=module.INFO,
+        options=module.Options,
+        plan=module.plan,
+        transform=module.transform,
+        decide=getattr(module, "decide", None),
+        description=(module.__doc__ or "").strip(),
+    )

@@ -1,0 +1,110 @@
+"""What a method file provides, and what it is given.
+
+A method module holds ``INFO``, a frozen dataclass ``Options`` (its fields become command-line options), and
+three functions: ``plan`` (headers to a draft, no torch), optionally ``decide`` (statistics to decisions, once,
+before any weight is transformed) and ``transform`` (one unit of work).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..checkpoint.layout import TensorSpec
+from ..plan import Unit
+
+if TYPE_CHECKING:
+    from ..architectures.model import Model
+    from ..calibration.statistics import Statistics
+    from ..execute import Work
+
+DataNeed = Literal["none", "routed", "all-expert"]
+Tier = Literal["stock", "padded", "custom"]
+
+
+def option(default: Any, help: str, *, choices: Sequence[str] = (), metavar: str = "") -> Any:
+    """A field of an ``Options`` dataclass with what the command line needs to know about it."""
+    return field(
+        default=default, metadata={"help": help, "choices": tuple(choices), "metavar": metavar}
+    )
+
+
+def required(help: str, *, metavar: str = "") -> Any:
+    """A field without a default."""
+    return field(metadata={"help": help, "choices": (), "metavar": metavar})
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """What ``moesurg methods`` tells.
+
+    Attributes:
+        summary: one line.
+        paper: identifier of the source, such as an arXiv number; empty for our own.
+        inputs: what it takes, in words.
+        data: statistics it needs.
+        tier: how its output loads.
+    """
+
+    summary: str
+    paper: str
+    inputs: str
+    data: DataNeed
+    tier: Tier = "stock"
+
+
+@dataclass(frozen=True)
+class Exactness:
+    """A promise about the output, checked by ``verify``.
+
+    Attributes:
+        kind: ``bitwise`` (same weights), ``exact`` (same function up to rounding) or ``approximate``.
+        reason: why, naming the rule.
+        tolerance: for ``exact``: largest |difference of logits| in float32 that keeps the promise.
+    """
+
+    kind: Literal["bitwise", "exact", "approximate"]
+    reason: str
+    tolerance: float = 1e-3
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What a method plans: the whole output before a weight is read.
+
+    Attributes:
+        config: the output's ``config.json``.
+        tensors: every output tensor, in the order shards are filled.
+        units: the work.
+        exactness: predicted relation to the first source.
+        tier: how the output loads.
+        notes: sentences for plan and report.
+    """
+
+    config: dict[str, object]
+    tensors: Sequence[TensorSpec]
+    units: Sequence[Unit]
+    exactness: Exactness
+    tier: Tier = "stock"
+    notes: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Method:
+    """A loaded method file."""
+
+    command: str
+    name: str
+    info: MethodInfo
+    options: type[Any]
+    plan: Callable[[Sequence[Model], Any], Draft]
+    transform: Callable[[Work], dict[str, object]]
+    decide: Callable[[Model, Any, Statistics, int], dict[str, Any]] | None
+    description: str
+
+    def parse(self, values: Mapping[str, object]) -> Any:
+        """Options from values by field name; fields left out take their defaults."""
+        known = {entry.name for entry in dataclasses.fields(self.options)}
+        return self.options(**{key: value for key, value in values.items() if key in known})

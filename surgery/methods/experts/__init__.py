@@ -1,0 +1,1 @@
+"""Fewer experts from a mixture: grouping and merging."""

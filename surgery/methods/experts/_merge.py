@@ -1,0 +1,302 @@
+"""The machinery all merging methods share: plan of a smaller mixture, averaging of groups, router rows.
+
+A method decides groups; what is done with them is here. The order of averaged experts follows their
+representatives' original order, so merging nothing writes the input's bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ...architectures.base import PROJECTIONS
+from ...checkpoint.layout import TensorSpec
+from ...errors import InputError
+from ...plan import Unit, copy_unit
+from ..base import Draft, Exactness
+from ._groups import Grouping, check
+
+if TYPE_CHECKING:
+    import torch
+
+    from ...architectures.model import Experts, Layer, Model
+    from ...execute import Work
+
+ROUTERS = ("keep", "mean", "tied")
+ROUTER_HELP = (
+    "keep: each merged expert keeps its representative's router row; mean: the rows are averaged like the "
+    "experts; tied: all rows stay and every slot of a group holds the merged expert, which reproduces the "
+    "papers' summed gates but writes a folder as large as the input"
+)
+
+
+def plan_merge(
+    models: Sequence[Model], *, experts: int, router: str, params: dict[str, Any]
+) -> Draft:
+    """A checkpoint with ``experts`` merged experts per layer (or all slots, for a tied router).
+
+    Args:
+        models: exactly one mixture.
+        experts: groups per layer.
+        router: one of ROUTERS.
+        params: what the transform needs to know, the same for every unit.
+
+    Raises:
+        InputError: not one MoE, more experts than there are, or fewer than the router selects.
+    """
+    model = one_mixture(models)
+    if not 1 <= experts <= model.experts:
+        raise InputError(
+            f"{model.folder}: --experts {experts} asked for, the model has {model.experts} per layer"
+        )
+    if experts < model.rule.top_k:
+        raise InputError(
+            f"{model.folder}: --experts {experts} is fewer than the {model.rule.top_k} experts "
+            "each token selects",
+            hint=f"use --experts {model.rule.top_k} or more",
+        )
+    tied = router == "tied"
+    count = model.experts if tied else experts
+    tensors: list[TensorSpec] = []
+    units: list[Unit] = []
+    layers = {name: layer for layer in model.moe_layers for name in _mixture(layer).names}
+    planned: set[int] = set()
+    passing: dict[int | None, list[str]] = {}
+    owner = {name: layer.index for layer in model.layers for name in layer.names}
+    for name in model.names():
+        if name not in layers:
+            tensors.append(
+                TensorSpec(name, model.dtype(name), model.checkpoint.tensors[name].shape)
+            )
+            passing.setdefault(owner.get(name), []).append(name)
+            continue
+        layer = layers[name]
+        if layer.index in planned:
+            continue
+        planned.add(layer.index)
+        tensors.extend(_output_specs(model, layer, count))
+        units.extend(_merge_units(layer, count, tied, params))
+    for index, names in passing.items():
+        label = "outer" if index is None else f"layer.{index}"
+        moves = [(model.whole(name), [model.whole(name)]) for name in names]
+        units.append(copy_unit(f"{label}.unchanged", moves, layer=index))
+    notes = []
+    if tied:
+        notes.append(
+            f"the router keeps its {model.experts} rows, so every merged expert is written once for "
+            "each of its members and the output is as large as the input"
+        )
+    config = dict(model.config.raw)
+    if model.family.moe is not None:
+        present = [key for key in model.family.moe.expert_keys if key in config]
+        for key in {*present, *model.family.moe.expert_keys}:
+            config[key] = count
+    unchanged = experts == model.experts
+    exactness = (
+        Exactness("bitwise", "every expert is a group of its own")
+        if unchanged
+        else Exactness("approximate", "different experts are averaged")
+    )
+    units.sort(key=lambda unit: (unit.layer is None, unit.layer or 0))
+    return Draft(config, tensors, units, exactness, notes=notes)
+
+
+def one_mixture(models: Sequence[Model]) -> Model:
+    """The only input, checked to have experts."""
+    if len(models) != 1:
+        raise InputError(f"merging experts takes one mixture of experts, {len(models)} were given")
+    model = models[0]
+    if not model.is_moe or not model.moe_layers:
+        raise InputError(
+            f"{model.folder}: {model.family.model_type} has no experts to merge",
+            hint="grow experts first: moesurg upcycle",
+        )
+    return model
+
+
+def _mixture(layer: Layer) -> Experts:
+    if layer.experts is None:
+        raise InputError(f"layer {layer.index} has no experts")
+    return layer.experts
+
+
+def _output(layer: Layer, count: int) -> Experts:
+    """The mixture as the output stores it: the layout that was read, with another count."""
+    return dataclasses.replace(_mixture(layer), count=count)
+
+
+def _output_specs(model: Model, layer: Layer, count: int) -> list[TensorSpec]:
+    experts = _mixture(layer)
+    shapes = experts.layout.shapes(count, experts.hidden, experts.width)
+    stored = [model.dtype(experts.region(0, projection).tensor) for projection in PROJECTIONS]
+    kept = experts.layout.router
+    specs = []
+    for name, shape in shapes.items():
+        if name == kept:
+            specs.append(TensorSpec(layer.prefix + name, model.dtype(layer.prefix + name), shape))
+        else:
+            specs.append(TensorSpec(layer.prefix + name, stored[0], shape))
+    for expert in range(experts.count):
+        for projection in PROJECTIONS:
+            region = experts.region(expert, projection)
+            if model.dtype(region.tensor) != stored[0]:
+                raise InputError(
+                    f"{model.folder}: layer {layer.index}: expert {expert}'s {projection} is stored as "
+                    f"{model.dtype(region.tensor)}, others as {stored[0]}; experts of mixed types "
+                    "cannot be averaged without choosing one"
+                )
+    return specs
+
+
+def _merge_units(layer: Layer, count: int, tied: bool, params: dict[str, Any]) -> list[Unit]:
+    experts, output = _mixture(layer), _output(layer, count)
+    matrix, square = experts.hidden * experts.width, experts.width * experts.width
+    # Reference and member in float32, sums in float64, and the assignment's scores twice.
+    memory = 48 * matrix + 16 * square
+    if params.get("rank"):
+        memory += 24 * max(experts.hidden, experts.width) ** 2
+    router = Unit(
+        f"layer.{layer.index}.router",
+        "transform",
+        layer.index,
+        writes=(output.router,),
+        params={**params, "part": "router", "count": count, "tied": tied},
+        memory=8 * experts.count * experts.hidden,
+    )
+    if tied:
+        slots: list[tuple[str, list[int]]] = [("experts", list(range(count)))]
+    else:
+        slots = [(f"expert.{slot}", [slot]) for slot in range(count)]
+    units = [router]
+    for label, written in slots:
+        units.append(
+            Unit(
+                f"layer.{layer.index}.{label}",
+                "transform",
+                layer.index,
+                writes=tuple(
+                    region for slot in written for region in output.regions(slot).values()
+                ),
+                params={
+                    **params,
+                    "part": "experts",
+                    "slots": written,
+                    "count": count,
+                    "tied": tied,
+                },
+                memory=memory,
+            )
+        )
+    return units
+
+
+def transform_merge(work: Work) -> dict[str, object]:
+    """Write the router's rows or the merged experts of the unit."""
+    layer = work.model.layers[work.layer]
+    experts, output = _mixture(layer), _output(layer, work.params["count"])
+    tied = work.params["tied"]
+    grouping = check(work.decision, experts.count, None if tied else output.count)
+    if work.params["part"] == "router":
+        rows_ED = work.read(experts.router)
+        work.write(output.router, _router_rows(rows_ED, grouping, work.params["router"]))
+        return {}
+    slot_of = grouping.slot_of()
+    metrics: dict[str, object] = {}
+    if tied:
+        for slot in range(len(grouping.groups)):
+            merged, metrics[f"group.{slot}"] = _average(work, experts, grouping, slot)
+            for expert in (member for member, found in slot_of.items() if found == slot):
+                _write(work, output, expert, merged)
+        return metrics
+    (slot,) = work.params["slots"]
+    merged, metrics[f"group.{slot}"] = _average(work, experts, grouping, slot)
+    _write(work, output, slot, merged)
+    return metrics
+
+
+def _write(work: Work, output: Experts, slot: int, merged: dict[str, torch.Tensor]) -> None:
+    for projection, matrix in merged.items():
+        work.write(output.region(slot, projection), matrix)
+
+
+def _router_rows(rows_ED: torch.Tensor, grouping: Grouping, router: str) -> torch.Tensor:
+    import torch
+
+    if router == "tied":
+        return rows_ED
+    if router == "keep":
+        return rows_ED[list(grouping.representatives)]
+    merged = []
+    for group, weights in zip(grouping.groups, grouping.weights, strict=True):
+        share = torch.tensor(weights, dtype=torch.float64)
+        merged.append(share @ rows_ED[list(group)].double())
+    return torch.stack(merged)
+
+
+def _average(
+    work: Work, experts: Experts, grouping: Grouping, slot: int
+) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
+    """The weighted mean of a group, in float64, members read one at a time.
+
+    Returns the merged projections and, per projection, the spread: the root of the weighted mean squared
+    distance of the members from their mean, relative to their root mean square.
+    """
+    from ...linalg.permutation import align
+    from ...linalg.svd import leading_left
+
+    members, weights = grouping.groups[slot], grouping.weights[slot]
+    aligned = work.params.get("align") == "weight" and len(members) > 1
+    rank = work.params.get("rank")
+    first = _read(work, experts, 0) if aligned else None
+    sums: dict[str, torch.Tensor] = {}
+    squares = dict.fromkeys(PROJECTIONS, 0.0)
+    grams: dict[str, torch.Tensor] = {}
+    matching: list[dict[str, float]] = []
+    for member, weight in zip(members, weights, strict=True):
+        matrices = _read(work, experts, member)
+        if first is not None and member != 0:
+            found = align(_triple(first), _triple(matrices))
+            matching.append({"expert": member, "before": found.before, "after": found.after})
+            matrices = {
+                "gate": matrices["gate"][found.order_F],
+                "up": matrices["up"][found.order_F],
+                "down": matrices["down"][:, found.order_F],
+            }
+        for projection, matrix in matrices.items():
+            wide = matrix.double()
+            squares[projection] += weight * float(wide.square().sum())
+            if projection in sums:
+                sums[projection].add_(wide, alpha=weight)
+            else:
+                sums[projection] = wide * weight
+            if rank:
+                gram = wide @ wide.T
+                grams[projection] = grams[projection] + gram if projection in grams else gram
+    metrics: dict[str, object] = {"members": list(members), "weights": list(weights)}
+    if matching:
+        metrics["alignment"] = matching
+    spread, truncation = {}, {}
+    for projection, mean in sums.items():
+        variance = squares[projection] - float(mean.square().sum())
+        spread[projection] = (max(0.0, variance) / max(squares[projection], 1e-300)) ** 0.5
+        if rank:
+            basis_OR = leading_left(grams[projection], rank)
+            projected = basis_OR @ (basis_OR.T @ mean)
+            lost = float((projected - mean).norm() / mean.norm().clamp_min(1e-300))
+            truncation[projection] = lost
+            sums[projection] = projected
+    metrics["spread"] = spread
+    if truncation:
+        metrics["truncation"] = truncation
+    return sums, metrics
+
+
+def _read(work: Work, experts: Experts, expert: int) -> dict[str, torch.Tensor]:
+    return {projection: work.read(region) for projection, region in experts.regions(expert).items()}
+
+
+def _triple(
+    matrices: dict[str, torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return matrices["gate"], matrices["up"], matrices["down"]

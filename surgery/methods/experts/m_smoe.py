@@ -1,0 +1,124 @@
+"""M-SMoE: align neurons, group experts around the most used ones by router-logit similarity, average by use.
+
+Merge, Then Compress (arXiv:2310.01334), Algorithm 1, without the gradient-based compression of MC-SMoE:
+
+1. A = activation counts over the calibration tokens, normalised in each layer; the most used expert of a layer
+   counts as 1 in the selection, so that every layer keeps one.
+2. Dominant experts: the most used. ``uniform`` takes N in every layer, which stock loaders need; ``global`` is
+   the paper's: the K = N x layers most used of the whole model, by (A, layer, index), exactly K of them. (The
+   published code drops experts that tie with the K-th.)
+3. Every expert of a layer is permuted to match expert 0 (weight matching; ``surgery/linalg/permutation.py``),
+   before and independently of grouping. The published Mixtral script leaves this out.
+4. Q(i) = the dominant j with the largest cosine between the columns of raw router logits of i and j over all
+   tokens; dominants keep to themselves.
+5. E_d = sum of A_i E_i / sum of A_i over the group, with the counts as measured (the 1 of step 1 is a device of
+   the selection only). A group that no token used is averaged uniformly.
+
+The paper leaves the router as it is and points several rows at one expert: that is ``--router tied``. The
+default, ``keep``, writes N rows and a folder that is really smaller; it is not the same function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ...errors import InputError, UsageError
+from ..base import Draft, MethodInfo, option, required
+from ._groups import Grouping, from_members
+from ._merge import ROUTER_HELP, ROUTERS, plan_merge, transform_merge
+
+if TYPE_CHECKING:
+    from ...architectures.model import Model
+    from ...calibration.statistics import LayerStatistics, Statistics
+
+INFO = MethodInfo(
+    summary="group experts around the most used by router-logit cosine, align neurons, average by use",
+    paper="arXiv:2310.01334",
+    inputs="one mixture of experts",
+    data="routed",
+)
+ALLOCATIONS = ("uniform", "global")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user chooses."""
+
+    experts: int = required("experts to keep in every layer (on average, with --allocation global)")
+    router: str = option("keep", ROUTER_HELP, choices=ROUTERS)
+    align: str = option(
+        "weight", "permute neurons to match expert 0 before averaging", choices=("weight", "none")
+    )
+    allocation: str = option(
+        "uniform",
+        "uniform: the same number of experts in every layer; global: the paper's allocation over the "
+        "whole model, which needs --router tied to load in stock classes",
+        choices=ALLOCATIONS,
+    )
+
+
+def plan(models: Sequence[Model], options: Options) -> Draft:
+    """A checkpoint with ``options.experts`` experts a layer."""
+    if options.allocation == "global" and options.router != "tied":
+        raise UsageError(
+            "--allocation global gives layers different numbers of experts, which no stock class loads",
+            hint="add --router tied, or use --allocation uniform",
+        )
+    params = {"align": options.align, "router": options.router}
+    return plan_merge(models, experts=options.experts, router=options.router, params=params)
+
+
+def decide(model: Model, options: Options, statistics: Statistics, seed: int) -> dict[str, Any]:
+    """Groups of every layer, from usage counts and router logits. Uses no randomness."""
+    layers = {layer.index: statistics.layer(layer.index) for layer in model.moe_layers}
+    usage = {index: _usage(found, index) for index, found in layers.items()}
+    if options.allocation == "global":
+        dominant = _global(usage, options.experts * len(usage))
+    else:
+        dominant = {index: _most_used(used, options.experts) for index, used in usage.items()}
+    return {
+        str(index): _group(found, usage[index], dominant[index]).to_json()
+        for index, found in layers.items()
+    }
+
+
+transform = transform_merge
+
+
+def _usage(layer: LayerStatistics, index: int) -> list[float]:
+    total = float(layer.count_E.sum())
+    if total == 0:
+        raise InputError(f"layer {index}: the statistics saw no token; calibrate on some text")
+    return [float(count / total) for count in layer.count_E]
+
+
+def _most_used(usage: list[float], count: int) -> list[int]:
+    ranked = sorted(range(len(usage)), key=lambda expert: (-usage[expert], expert))
+    return sorted(ranked[:count])
+
+
+def _global(usage: dict[int, list[float]], total: int) -> dict[int, list[int]]:
+    """The ``total`` most used experts of the model, each layer's first counted as 1."""
+    ranked: list[tuple[float, int, int]] = []
+    for layer, used in usage.items():
+        first = _most_used(used, 1)[0]
+        for expert, share in enumerate(used):
+            ranked.append((-(1.0 if expert == first else share), layer, expert))
+    chosen: dict[int, list[int]] = {layer: [] for layer in usage}
+    for _, layer, expert in sorted(ranked)[:total]:
+        chosen[layer].append(expert)
+    return {layer: sorted(experts) for layer, experts in chosen.items()}
+
+
+def _group(layer: LayerStatistics, usage: list[float], dominant: list[int]) -> Grouping:
+    cosine_EE = layer.logit_cosine_EE
+    members = {expert: [expert] for expert in dominant}
+    similarity = {}
+    for expert in (other for other in range(len(usage)) if other not in dominant):
+        best = max(dominant, key=lambda other: (float(cosine_EE[expert, other]), -other))
+        members[best].append(expert)
+        similarity[str(expert)] = float(cosine_EE[expert, best])
+    themselves = {expert: expert for expert in dominant}
+    return from_members(members, themselves, usage, {"similarity": similarity})

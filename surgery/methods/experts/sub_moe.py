@@ -1,0 +1,140 @@
+"""Sub-MoE: k-means on expert outputs, then a merge in the subspace the group's weights share.
+
+Sub-MoE (arXiv:2506.23266). Stage 1: experts are clustered by their outputs on the calibration tokens, k-means
+with k-means++ seeding on the stacked outputs. The clustering needs only inner products of outputs, which the
+statistics hold, so it is exact without the outputs themselves. ``--metric cosine`` clusters by the mean cosine
+of outputs (the paper's equation 2) instead of their Euclidean distance (its objective).
+
+Stage 2: [W_1 ... W_n] = U S [V_1 ... V_n]^T and W = U S (sum of f_i V_i)^T / sum of f_i, with f the routing
+frequencies. Since W_i = U S V_i^T exactly, this equals the frequency-weighted mean of the W_i, and that is what is
+computed; a test holds it against the explicit decomposition. With ``--rank R`` the result is projected on the
+first R left singular vectors, U_R U_R^T times the mean: the paper's truncation. It is written as a full matrix,
+so it saves nothing on disk.
+
+What the paper leaves open, and the choices here: one grouping serves all three projections of an expert; the
+representative of a group is its most used member; ``--allocation global`` replaces the joint clustering of
+adjacent layers by the counts that minimise the summed k-means objective (relative to each layer's outputs) under
+the same total, found exactly by dynamic programming.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ...errors import InputError, UsageError
+from ...seeding import stream
+from ..base import Draft, MethodInfo, option, required
+from ._groups import from_labels
+from ._merge import ROUTER_HELP, ROUTERS, plan_merge, transform_merge
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from ...architectures.model import Model
+    from ...calibration.statistics import LayerStatistics, Statistics
+
+INFO = MethodInfo(
+    summary="k-means on expert outputs, then a frequency-weighted merge in the shared subspace",
+    paper="arXiv:2506.23266",
+    inputs="one mixture of experts",
+    data="all-expert",
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user chooses."""
+
+    experts: int = required("experts to keep in every layer (on average, with --allocation global)")
+    router: str = option("keep", ROUTER_HELP, choices=ROUTERS)
+    metric: str = option(
+        "euclidean", "distance between expert outputs", choices=("euclidean", "cosine")
+    )
+    rank: int | None = option(None, "truncate merged matrices to this rank (stored full)")
+    allocation: str = option(
+        "uniform",
+        "uniform: the same number of experts in every layer; global: counts that minimise the summed "
+        "clustering objective, which needs --router tied to load in stock classes",
+        choices=("uniform", "global"),
+    )
+
+
+def plan(models: Sequence[Model], options: Options) -> Draft:
+    """A checkpoint with ``options.experts`` experts a layer."""
+    if options.allocation == "global" and options.router != "tied":
+        raise UsageError(
+            "--allocation global gives layers different numbers of experts, which no stock class loads",
+            hint="add --router tied, or use --allocation uniform",
+        )
+    if options.rank is not None and options.rank < 1:
+        raise UsageError(f"--rank should be at least 1, is {options.rank}")
+    params = {"router": options.router, "rank": options.rank}
+    return plan_merge(models, experts=options.experts, router=options.router, params=params)
+
+
+def decide(model: Model, options: Options, statistics: Statistics, seed: int) -> dict[str, Any]:
+    """Groups of every layer, from inner products of expert outputs."""
+    from ...linalg.clustering import inertia, kmeans, points_from_gram
+
+    layers = {layer.index: statistics.layer(layer.index) for layer in model.moe_layers}
+    points = {
+        index: points_from_gram(_gram(found, options.metric, index))
+        for index, found in layers.items()
+    }
+    seeds = {index: int(stream(seed, "sub-moe", index).integers(0, 2**31 - 1)) for index in layers}
+    counts = dict.fromkeys(layers, options.experts)
+    if options.allocation == "global":
+        curves = {}
+        for index, rows in points.items():
+            scale = max(inertia(rows, [0] * len(rows)), 1e-300)
+            curves[index] = [
+                inertia(rows, kmeans(rows, count, seed=seeds[index])) / scale
+                for count in range(1, len(rows) + 1)
+            ]
+        counts = allocate(curves, options.experts * len(layers), model.rule.top_k)
+    decided = {}
+    for index, found in layers.items():
+        labels = kmeans(points[index], counts[index], seed=seeds[index])
+        objective = inertia(points[index], labels)
+        usage = [float(count) for count in found.count_E]
+        decided[str(index)] = from_labels(labels, usage, {"objective": objective}).to_json()
+    return decided
+
+
+transform = transform_merge
+
+
+def allocate(curves: dict[int, list[float]], total: int, least: int) -> dict[int, int]:
+    """Counts per layer with the smallest summed cost, exactly, by dynamic programming.
+
+    Args:
+        curves: for each layer the cost of keeping 1, 2, ... E experts.
+        total: experts to keep in all.
+        least: fewest in a layer.
+
+    Returns:
+        Count per layer; among equal costs the one that gives earlier layers fewer.
+    """
+    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
+    for curve in curves.values():
+        following: dict[int, tuple[float, tuple[int, ...]]] = {}
+        for used, (cost, chosen) in best.items():
+            for count in range(least, len(curve) + 1):
+                candidate = (cost + curve[count - 1], (*chosen, count))
+                if used + count <= total and candidate < following.get(
+                    used + count, (float("inf"), ())
+                ):
+                    following[used + count] = candidate
+        best = following
+    if total not in best:
+        raise InputError(f"no allocation of {total} experts gives every layer at least {least}")
+    return dict(zip(curves, best[total][1], strict=True))
+
+
+def _gram(layer: LayerStatistics, metric: str, index: int) -> NDArray[np.float64]:
+    if float(layer.tokens) == 0:
+        raise InputError(f"layer {index}: the statistics saw no token; calibrate on some text")
+    return layer.output_gram_mean_EE if metric == "euclidean" else layer.output_cosine_mean_EE

@@ -1,0 +1,1 @@
+"""From dense checkpoints to mixtures of experts."""

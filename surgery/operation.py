@@ -1,0 +1,372 @@
+"""One run of one method: headers, plan, calibration, decisions, units, report, commit."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import resource
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .architectures.model import Model
+from .checkpoint.commit import Staging, fingerprint_digest
+from .checkpoint.hub import resolve
+from .checkpoint.layout import index_json, lay_out
+from .checkpoint.reader import INDEX
+from .checkpoint.writer import Hasher, ShardWriter
+from .digests import Digests, file_marks, header_digest, weight_files
+from .errors import RefusedError, UsageError
+from .execute import PLAN_FILE, Runner
+from .executors.base import Executor, choose_workers, memory_budget
+from .executors.pool import PoolExecutor
+from .executors.serial import SerialExecutor
+from .methods import load
+from .methods.base import Draft, Method
+from .outputs import carried_files, config_bytes, output_record, sources_record
+from .plan import Plan, Unit, validate
+from .progress import Progress, Stop, stoppable
+from .report import card, record
+
+DISK_MARGIN = 64 << 20
+"""Bytes left free beyond what is planned: index, report, directory blocks."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for, parsed.
+
+    Attributes:
+        options: values of the method's options by field name.
+        tokens, seq_len: calibration text in all and per sequence.
+        calibration: an existing statistics folder, or None to calibrate on ``data``.
+        max_memory: bytes, or None for what the machine has.
+    """
+
+    command: str
+    method: str
+    sources: tuple[str, ...]
+    output: Path | None
+    options: dict[str, object] = field(default_factory=dict)
+    seed: int = 0
+    data: tuple[Path, ...] = ()
+    tokens: int = 65536
+    seq_len: int = 512
+    calibration: Path | None = None
+    force: bool = False
+    resume: bool = False
+    dry_run: bool = False
+    workers: int | None = None
+    max_memory: int | None = None
+    device: str = "cpu"
+    max_shard_bytes: int = 5_000_000_000
+
+
+def run(request: Request, progress: Progress) -> dict[str, Any]:
+    """Do it, and return the result record for the user.
+
+    Raises:
+        MoesurgError: any of its kinds; nothing is left behind, or a resumable staging folder.
+    """
+    started = time.monotonic()
+    method = load(request.command, request.method)
+    models = [Model.open(resolve(source)) for source in request.sources]
+    options = method.parse(request.options)
+    draft = method.plan(models, options)
+    plan = _plan(request, models, draft, options)
+    validate(plan, [model.checkpoint for model in models])
+    workers = choose_workers(plan, request.workers, request.max_memory)
+    if request.dry_run:
+        return _summary(request, models, plan, draft, started, workers) | {
+            "dry_run": True,
+            "plan": {
+                "tensors": [[spec.name, spec.dtype, list(spec.shape)] for spec in plan.tensors],
+                "units": [unit.id for unit in plan.units],
+                "config": draft.config,
+                "memory": plan.memory,
+            },
+        }
+    if request.output is None:
+        raise UsageError("an output folder is needed", hint="-o DIR, or --dry-run to plan only")
+    _check_disk(request.output, plan)
+    with stoppable(progress) as stop:
+        job = _Job(request, method, models, draft, plan, options, workers, progress, stop)
+        complete = job.perform()
+    result = _summary(request, models, plan, draft, started, workers)
+    return result | {"dry_run": False, "already_complete": complete}
+
+
+def _plan(request: Request, models: Sequence[Model], draft: Draft, options: Any) -> Plan:
+    return Plan(
+        command=request.command,
+        method=request.method,
+        options=dataclasses.asdict(options),
+        seed=request.seed,
+        sources=tuple(str(model.folder) for model in models),
+        tensors=tuple(draft.tensors),
+        units=tuple(draft.units),
+        max_shard_bytes=request.max_shard_bytes,
+    )
+
+
+def _check_disk(output: Path, plan: Plan) -> None:
+    place = output.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    needed = plan.bytes + DISK_MARGIN
+    if free < needed:
+        raise RefusedError(
+            f"{place}: the output needs {needed:,} bytes, {free:,} are free",
+            hint="choose another --output or make room",
+        )
+
+
+def _summary(
+    request: Request,
+    models: Sequence[Model],
+    plan: Plan,
+    draft: Draft,
+    started: float,
+    workers: int,
+) -> dict[str, Any]:
+    scale = 1 if os.uname().sysname == "Darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * scale
+    return {
+        "schema_version": record.SCHEMA_VERSION,
+        "command": request.command,
+        "method": request.method,
+        "output": None if request.output is None else str(request.output),
+        "tier": draft.tier,
+        "exactness": dataclasses.asdict(draft.exactness),
+        "tensors": len(plan.tensors),
+        "units": len(plan.units),
+        "workers": workers,
+        "bytes": plan.bytes,
+        "parameters": record.parameters(models, plan),
+        "notes": list(draft.notes),
+        "seconds": round(time.monotonic() - started, 3),
+        "planned_memory_bytes": plan.memory,
+        "peak_memory_bytes": max(peak, children),
+    }
+
+
+class _Job:
+    """The part of a run that writes."""
+
+    def __init__(
+        self,
+        request: Request,
+        method: Method,
+        models: Sequence[Model],
+        draft: Draft,
+        plan: Plan,
+        options: Any,
+        workers: int,
+        progress: Progress,
+        stop: Stop,
+    ) -> None:
+        self.request, self.method, self.models, self.draft = request, method, models, draft
+        self.plan, self.options, self.workers = plan, options, workers
+        self.progress, self.stop = progress, stop
+        self.inputs = [file for model in models for file in weight_files(model)]
+        self.shards = lay_out(plan.tensors, max_shard_bytes=plan.max_shard_bytes)
+        self.statistics: Any = None
+
+    def perform(self) -> bool:
+        """Stage, work and commit; True if a resumed run found its output already complete."""
+        if self.request.output is None:
+            raise UsageError("an output folder is needed")
+        needs = self.method.info.data != "none"
+        if needs:
+            from .calibration.run import statistics_source
+
+            self.statistics = statistics_source(
+                self.models[0],
+                calibration=self.request.calibration,
+                data=self.request.data,
+                tokens=self.request.tokens,
+                seq_len=self.request.seq_len,
+                mode=self.method.info.data,
+                device=self.request.device,
+            )
+        identity = self._identity()
+        self.fingerprint = fingerprint_digest(identity)
+        protected = [model.folder for model in self.models]
+        if self.request.calibration is not None:
+            protected.append(self.request.calibration)
+        with Staging.open(
+            self.request.output,
+            identity,
+            force=self.request.force,
+            resume=self.request.resume,
+            inputs=[*protected, *self.request.data],
+        ) as staging:
+            if staging.complete:
+                return True
+            self._check_inputs(staging)
+            digests = Digests(self.inputs)
+            decision = self._decide(staging)
+            hashes, metrics = self._execute(staging, decision)
+            self._finish(staging, decision, hashes, metrics, digests.finish())
+            self.stop.check()
+            for name in ("statistics.json", "statistics.safetensors"):
+                staging.remove_file(name)
+            staging.commit()
+        return False
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "moesurg": __version__,
+            "libraries": record.libraries(),
+            "command": self.plan.command,
+            "method": self.plan.method,
+            "options": dict(self.plan.options),
+            "seed": self.plan.seed,
+            "max_shard_bytes": self.plan.max_shard_bytes,
+            "sources": [header_digest(model) for model in self.models],
+            "statistics": None if self.statistics is None else self.statistics.identity,
+        }
+
+    def _check_inputs(self, staging: Staging) -> None:
+        marks = file_marks(self.inputs)
+        before = staging.finished.get("inputs")
+        if before is not None and before != marks:
+            changed = next(name for name in marks if before.get(name) != marks[name])
+            raise RefusedError(
+                f"{changed}: changed since the interrupted run began",
+                hint="--force begins afresh",
+            )
+        if before is None:
+            staging.record("inputs", dict(marks))
+            staging.flush(lambda: None)
+
+    def _decide(self, staging: Staging) -> dict[str, Any] | None:
+        """The method's decisions; a resumed run takes those that were journalled."""
+        if self.method.decide is None or self.statistics is None:
+            return None
+        from .calibration.run import describe
+
+        kept = staging.finished.get("decision")
+        if kept is None:
+            found = self.statistics.load(staging, self.progress, self.stop)
+            decided = self.method.decide(self.models[0], self.options, found, self.plan.seed)
+            kept = {"layers": decided, "statistics": describe(found)}
+            staging.record("decision", kept)
+            staging.flush(lambda: None)
+        return kept
+
+    def _execute(
+        self, staging: Staging, decision: dict[str, Any] | None
+    ) -> tuple[dict[str, str], dict[str, Any]]:
+        """Run what is not yet journalled; returns shard hashes and metrics by unit."""
+        planned = {unit.id for unit in self.plan.units}
+        metrics: dict[str, Any] = {
+            name: result for name, result in staging.finished.items() if name in planned
+        }
+        staging.write_file(PLAN_FILE, self.plan.to_json().encode())
+        written = _Coverage(self.plan)
+        with (
+            ShardWriter(staging.path, self.shards, create=not metrics) as writer,
+            Hasher(staging.path, self.shards) as hasher,
+        ):
+            for unit in self.plan.units:
+                if unit.id in metrics:
+                    written.add(unit, hasher)
+            todo = [unit for unit in self.plan.units if unit.id not in metrics]
+            self.progress.stage(self.request.method, len(self.plan.units))
+            self.progress.advance(len(metrics))
+
+            def done(unit: Unit, result: dict[str, object]) -> None:
+                metrics[unit.id] = result
+                writer.touch(region.tensor for region in unit.written())
+                written.add(unit, hasher)
+                if staging.record(unit.id, result) or self.stop.signal:
+                    staging.flush(writer.sync)
+                self.progress.advance()
+                self.stop.check()
+
+            layers = {} if decision is None else decision["layers"]
+            executor, close = self._executor(staging.path)
+            try:
+                executor.run(todo, lambda unit: layers.get(str(unit.layer)), done)
+            finally:
+                close()
+            staging.flush(writer.sync)
+            return hasher.finish(), metrics
+
+    def _executor(self, folder: Path) -> tuple[Executor, Any]:
+        if self.workers > 1:
+            pool = PoolExecutor(folder, self.workers, memory_budget(self.request.max_memory))
+            return pool, lambda: None
+        runner = Runner(self.plan, folder, self.models)
+        return SerialExecutor(runner), runner.close
+
+    def _finish(
+        self,
+        staging: Staging,
+        decision: dict[str, Any] | None,
+        hashes: dict[str, str],
+        metrics: dict[str, Any],
+        digests: dict[Path, str],
+    ) -> None:
+        """Write everything that is not weights; the report last."""
+        if self.statistics is not None:
+            self.statistics.check(self.models[0], digests)
+        small: dict[str, bytes] = {"config.json": config_bytes(self.draft.config)}
+        if len(self.shards) > 1:
+            small[INDEX] = index_json(self.shards)
+        for name, path in carried_files(self.models[0].folder).items():
+            small.setdefault(name, path.read_bytes())
+        described = None if decision is None else decision["statistics"]
+        report: dict[str, Any] = record.base_record(self.plan.command, self.plan.method)
+        report |= {
+            "command": record.command_line(
+                self.plan.command,
+                self.plan.method,
+                self.request.sources,
+                self.plan.options,
+                self.plan.seed,
+                [] if self.statistics is None else self.statistics.arguments(),
+            ),
+            "options": dict(self.plan.options),
+            "seed": self.plan.seed,
+            "fingerprint": self.fingerprint,
+            "sources": sources_record(self.request.sources, self.models, digests),
+            "statistics": described,
+            "tier": self.draft.tier,
+            "exactness": dataclasses.asdict(self.draft.exactness),
+            "notes": list(self.draft.notes),
+            "parameters": record.parameters(self.models, self.plan),
+            "decisions": None if decision is None else decision["layers"],
+            "units": {name: metrics[name] for name in sorted(metrics) if metrics[name]},
+            "unchanged": self.plan.unchanged,
+        }
+        small["README.md"] = card.card(
+            report, self.request.sources, card.licence_of(self.models[0].folder)
+        )
+        report["output"] = output_record(self.plan, self.shards, hashes, small)
+        for name, data in small.items():
+            staging.write_file(name, data)
+        staging.write_file("report.json", record.dump(report))
+
+
+class _Coverage:
+    """Counts written elements, to tell the hasher when a tensor is final."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._left: dict[str, int] = {}
+        for unit in plan.units:
+            for region in unit.written():
+                self._left[region.tensor] = self._left.get(region.tensor, 0) + region.count
+
+    def add(self, unit: Unit, hasher: Hasher) -> None:
+        for region in unit.written():
+            self._left[region.tensor] -= region.count
+            if not self._left[region.tensor]:
+                hasher.done_tensor(region.tensor)

@@ -1,0 +1,71 @@
+"""The small files of an output folder: config, what is carried over, and their records."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from .architectures.model import Model
+from .checkpoint.hub import PATTERNS
+from .checkpoint.layout import Shard
+from .checkpoint.reader import contained
+from .plan import Plan
+
+CARRIED = (*PATTERNS, "LICENSE*", "NOTICE*")
+OWN = frozenset({"config.json", "report.json", "README.md"})
+"""Files that every output has anew."""
+
+
+def carried_files(folder: Path) -> dict[str, Path]:
+    """Tokenizer, generation settings, licence: files of the source that the output needs unchanged.
+
+    Raises:
+        InputError: one of them is a link out of the folder.
+    """
+    found = {}
+    for path in sorted(folder.iterdir()):
+        name = path.name
+        weights = fnmatch(name, "*.safetensors") or fnmatch(name, "*.index.json")
+        if weights or name in OWN or path.is_dir() or name.startswith("."):
+            continue
+        if any(fnmatch(name, pattern) for pattern in CARRIED):
+            found[name] = contained(folder, name)
+    return found
+
+
+def config_bytes(config: Mapping[str, object]) -> bytes:
+    """``config.json`` as transformers writes it: sorted, two spaces, a final newline."""
+    written = {
+        key: value for key, value in config.items() if key not in {"auto_map", "_name_or_path"}
+    }
+    return (json.dumps(written, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def sources_record(
+    given: Sequence[str], models: Sequence[Model], digests: Mapping[Path, str]
+) -> list[dict[str, Any]]:
+    """What the report says of each input."""
+    return [
+        {
+            "path": path,
+            "model_type": model.family.model_type,
+            "files": {
+                file.name: digest for file, digest in digests.items() if file.parent == model.folder
+            },
+        }
+        for path, model in zip(given, models, strict=True)
+    ]
+
+
+def output_record(
+    plan: Plan, shards: Sequence[Shard], hashes: Mapping[str, str], small: Mapping[str, bytes]
+) -> dict[str, Any]:
+    """What the report says of the output, itself excepted."""
+    files = {shard.file: {"sha256": hashes[shard.file], "bytes": shard.size} for shard in shards}
+    for name, data in small.items():
+        files[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    return {"files": files, "tensors": len(plan.tensors), "bytes": plan.bytes}

@@ -1,0 +1,76 @@
+"""The model card: the record in words, with the front matter the Hub reads."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_RELATION = {"merge": "merge", "upcycle": "finetune"}
+"""The Hub knows adapter, merge, quantized and finetune; upcycling is nearest to the last."""
+
+
+def licence_of(folder: Path) -> str | None:
+    """The licence a source's card declares, or None."""
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+    matter = re.match(r"---\n(.*?)\n---", text, re.S)
+    found = re.search(r"^license:\s*(\S+)\s*$", matter.group(1), re.M) if matter else None
+    return found.group(1) if found else None
+
+
+def card(record: Mapping[str, Any], sources: Sequence[str], licence: str | None) -> bytes:
+    """The card as ``README.md``.
+
+    Args:
+        record: the run's record.
+        sources: what the user gave; Hub ids become ``base_model``.
+        licence: carried over from the sources, or None.
+    """
+    matter = ["---", "library_name: transformers"]
+    if licence:
+        matter.append(f"license: {licence}")
+    bases = [
+        source for source in sources if _HUB_ID.fullmatch(source) and not Path(source).exists()
+    ]
+    if bases:
+        matter.append("base_model:")
+        matter.extend(f"- {source}" for source in bases)
+        matter.append(f"base_model_relation: {_RELATION.get(record['operation'], 'finetune')}")
+    matter.extend(["tags:", "- moe", "- moesurg", f"- {record['operation']}", "---"])
+    parameters, exactness = record["parameters"], record["exactness"]
+    names = ", ".join(f"`{Path(source).name}`" for source in sources)
+    lines = [
+        *matter,
+        "",
+        f"# {names}, {record['operation']} by {record['method']}",
+        "",
+        f"Made by moesurg {record['moesurg']} with",
+        "",
+        "```",
+        shlex.join(record["command"]),
+        "```",
+        "",
+        f"* parameters: {parameters['before']:,} before, {parameters['after']:,} after",
+        f"* relation to the source: {exactness['kind']} ({exactness['reason']})",
+        f"* loads as: {record['tier']}",
+        f"* tensors copied unchanged: {record['unchanged']}",
+    ]
+    if record["statistics"]:
+        domains = ", ".join(record["statistics"]["domains"])
+        lines.append(f"* calibrated on {record['statistics']['tokens']:,} tokens ({domains})")
+    lines.extend(f"* {note}" for note in record["notes"])
+    lines.extend(
+        [
+            "",
+            "`report.json` holds the digests of every input and output file and what was measured on each "
+            "layer; `moesurg verify` checks this folder against it.",
+            "",
+        ]
+    )
+    return "\n".join(lines).encode()

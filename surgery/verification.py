@@ -1,0 +1,215 @@
+"""Is a folder what its report says: every byte, every tensor, loadable, and as exact as promised."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from .architectures.model import Model
+from .checkpoint.header import read_json
+from .checkpoint.hub import resolve
+from .checkpoint.reader import TensorReader, contained, file_digest
+from .errors import InputError, MoesurgError, VerificationError
+from .executors.base import memory_budget
+from .progress import Progress
+from .report.record import SCHEMA_VERSION, self_digest
+from .seeding import stream
+
+CHECK_TOKENS = 512
+"""Tokens of text on which the promised exactness is measured."""
+
+
+def verify(
+    folder: str, *, reference: str | None, device: str, progress: Progress
+) -> dict[str, Any]:
+    """Check an output folder against its report.
+
+    In this order: the report's own digest; size and SHA-256 of every file; headers, names and shapes; that
+    every weight is finite; that stock transformers loads it without a missing or unexpected key; and, where
+    the report promises exactness and the source is at hand, the largest difference of logits on text, in float32.
+
+    Args:
+        folder: the output of an operation.
+        reference: the source to measure against; by default the one the report names, if it is still there
+            with the same digests.
+
+    Returns:
+        What was checked and measured, JSON values.
+
+    Raises:
+        InputError: the folder has no report.
+        VerificationError: naming the first difference.
+    """
+    started = time.monotonic()
+    path = resolve(folder)
+    report = _report(path)
+    _files(path, report, progress)
+    try:
+        model = Model.open(path)
+        _weights(model, progress)
+    except InputError as error:
+        raise VerificationError(error.message, hint=error.hint) from error
+    loaded = _loads(path, report, progress)
+    exactness = _exactness(model, report, reference, device, progress)
+    known = set(report["output"]["files"]) | {"report.json"}
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "command": "verify",
+        "folder": folder,
+        "verified": True,
+        "files": len(report["output"]["files"]),
+        "tensors": len(model.checkpoint.tensors),
+        "loads": loaded,
+        "exactness": exactness,
+        "not_in_report": sorted(entry.name for entry in path.iterdir() if entry.name not in known),
+        "seconds": round(time.monotonic() - started, 3),
+    }
+
+
+def _report(path: Path) -> dict[str, Any]:
+    if not (path / "report.json").exists():
+        raise InputError(
+            f"{path}: has no report.json, so there is nothing to verify against",
+            hint="verify takes the output folder of upcycle or merge",
+        )
+    try:
+        report = cast(dict[str, Any], read_json(contained(path, "report.json")))
+    except InputError as error:
+        raise VerificationError(error.message, hint=error.hint) from error
+    if report.get("schema_version") != SCHEMA_VERSION or "output" not in report:
+        raise InputError(f"{path / 'report.json'}: not a report of this version of moesurg")
+    if report.get("digest") != self_digest(report):
+        raise VerificationError(f"{path / 'report.json'}: was changed after it was written")
+    return report
+
+
+def _files(path: Path, report: Mapping[str, Any], progress: Progress) -> None:
+    files = report["output"]["files"]
+    progress.stage("hashing", len(files))
+    for name, expected in sorted(files.items()):
+        try:
+            file = contained(path, name)
+        except InputError as error:
+            raise VerificationError(error.message, hint=error.hint) from error
+        size = file.stat().st_size
+        if size != expected["bytes"]:
+            raise VerificationError(
+                f"{file}: has {size:,} bytes, the report says {expected['bytes']:,}"
+            )
+        if file_digest(file) != expected["sha256"]:
+            raise VerificationError(
+                f"{file}: its SHA-256 differs from the report's",
+                hint="the file was damaged or changed after the run",
+            )
+        progress.advance()
+
+
+def _weights(model: Model, progress: Progress) -> None:
+    """Read every tensor once, which refuses what is not finite."""
+    buffer = memoryview(bytearray(4 << 20))
+    progress.stage("reading", len(model.checkpoint.tensors))
+    with TensorReader(model.checkpoint) as reader:
+        for info in model.checkpoint.tensors.values():
+            for start in range(0, info.nbytes, len(buffer)):
+                length = min(len(buffer), info.nbytes - start)
+                reader.read_into(info, start, buffer[:length])
+            progress.advance()
+
+
+def _loads(path: Path, report: Mapping[str, Any], progress: Progress) -> str:
+    """Load with stock transformers where memory allows; says what was done."""
+    size, budget = int(report["output"]["bytes"]), memory_budget(None)
+    if budget is not None and 2 * size > budget:
+        return "not tried: the model is larger than the memory that is free"
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as stock_logging
+
+    logging: Any = stock_logging
+
+    progress.stage("loading", 1)
+    logging.disable_progress_bar()
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        loader: Any = AutoModelForCausalLM
+        _, found = loader.from_pretrained(
+            path,
+            dtype="auto",
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except Exception as error:
+        raise VerificationError(f"{path}: stock transformers does not load it ({error})") from error
+    finally:
+        logging.set_verbosity(before)
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if found[kind]:
+            raise VerificationError(
+                f"{path}: stock transformers reports {kind.replace('_', ' ')}: {sorted(found[kind])[:3]}"
+            )
+    progress.advance()
+    return "stock transformers, no missing and no unexpected key"
+
+
+def _exactness(
+    model: Model,
+    report: Mapping[str, Any],
+    reference: str | None,
+    device: str,
+    progress: Progress,
+) -> dict[str, Any]:
+    promised = dict(report["exactness"])
+    source = _source(report, reference)
+    if source is None:
+        return promised | {"measured": None, "reference": None}
+    original = Model.open(source)
+    if original.config.vocab != model.config.vocab:
+        raise InputError(
+            f"{source}: has {original.config.vocab} token ids, {model.folder} has {model.config.vocab}"
+        )
+    from .evaluate import drift
+
+    progress.stage("measuring", 1)
+    measured = drift(model, original, _check_ids(model), device=device)
+    progress.advance()
+    limit = promised["tolerance"] if promised["kind"] != "approximate" else None
+    if limit is not None and measured > limit:
+        raise VerificationError(
+            f"{model.folder}: promised {promised['kind']}, but logits differ from {source} by up to "
+            f"{measured:.3g} (allowed {limit:.3g})"
+        )
+    return promised | {"measured": measured, "reference": str(source)}
+
+
+def _source(report: Mapping[str, Any], reference: str | None) -> Path | None:
+    """The folder to measure against: what the user names, or an unchanged first source."""
+    if reference is not None:
+        return resolve(reference)
+    first = report["sources"][0]
+    try:
+        found = resolve(first["path"])
+        same = all(
+            file_digest(contained(found, name)) == digest for name, digest in first["files"].items()
+        )
+    except MoesurgError:
+        return None
+    return found if same else None
+
+
+def _check_ids(model: Model) -> list[list[int]]:
+    """Token ids of the built-in text, or fixed pseudo-random ones where the folder has no tokenizer."""
+    from .calibration.corpus import default_corpus
+    from .calibration.sequences import tokenise
+
+    longest = model.config.get("max_position_embeddings")
+    length = min(128, longest) if isinstance(longest, int) else 128
+    try:
+        sequences = tokenise(default_corpus(), model.folder, tokens=CHECK_TOKENS, seq_len=length)
+        return [[int(token) for token in ids] for ids in sequences.ids]
+    except InputError:
+        drawn = stream(0, "verify").integers(0, model.config.vocab, CHECK_TOKENS)
+        ids = [int(token) for token in drawn]
+        return [ids[start : start + length] for start in range(0, CHECK_TOKENS, length)]

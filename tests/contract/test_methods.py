@@ -1,0 +1,135 @@
+"""The laws every registered method obeys. A new method file is tested here without being named."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moesurg.surgery.architectures.model import Model
+from moesurg.surgery.checkpoint.reader import open_checkpoint
+from moesurg.surgery.methods import load, methods, names
+from moesurg.surgery.methods.base import Method
+from moesurg.surgery.progress import Silent
+from moesurg.surgery.verification import verify
+from tests.faults.harness import digest
+from tests.oracle.helpers import operate, stock
+
+Checkpoint = Callable[..., Path]
+SOURCES = {
+    "upcycle": ("llama", {"dtype": "bfloat16"}),
+    "merge": ("qwen3_moe", {"dtype": "bfloat16"}),
+}
+"""A source that every method of a command takes."""
+
+ALL = methods()
+
+
+@pytest.fixture(params=ALL, ids=[f"{method.command}-{method.name}" for method in ALL])
+def method(request: pytest.FixtureRequest) -> Method:
+    found: Method = request.param
+    return found
+
+
+@pytest.fixture
+def source(method: Method, checkpoint: Checkpoint) -> Path:
+    family, arguments = SOURCES[method.command]
+    return checkpoint(family, **arguments)
+
+
+def perform(method: Method, source: Path, output: Path, **arguments: Any) -> dict[str, Any]:
+    return operate(method.command, method.name, source, output, **{"experts": 4, **arguments})
+
+
+def test_it_is_documented(method: Method) -> None:
+    assert len(method.description) > 200
+    assert method.info.summary
+    assert method.info.inputs
+    for option in dataclasses.fields(method.options):
+        assert len(option.metadata["help"]) > 10, option.name
+
+
+def test_it_is_found_by_its_file_name(method: Method) -> None:
+    assert method.name in names(method.command)
+    assert load(method.command, method.name).info == method.info
+
+
+def test_the_output_is_what_the_dry_run_said(method: Method, source: Path, tmp_path: Path) -> None:
+    planned = perform(method, source, tmp_path / "out", dry_run=True)
+    assert not list(tmp_path.iterdir())
+    result = perform(method, source, tmp_path / "out")
+    stored = open_checkpoint(tmp_path / "out").tensors
+    listed = {name: (dtype, tuple(shape)) for name, dtype, shape in planned["plan"]["tensors"]}
+    assert {name: (info.dtype, info.shape) for name, info in stored.items()} == listed
+    assert sum(info.nbytes for info in stored.values()) == planned["bytes"] == result["bytes"]
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written == {
+        key: value for key, value in planned["plan"]["config"].items() if key != "_name_or_path"
+    }
+
+
+def test_the_output_loads_and_verifies(method: Method, source: Path, tmp_path: Path) -> None:
+    perform(method, source, tmp_path / "out")
+    Model.open(tmp_path / "out")
+    stock(tmp_path / "out")
+    found = verify(str(tmp_path / "out"), reference=None, device="cpu", progress=Silent())
+    assert found["verified"]
+    assert found["not_in_report"] == []
+    assert found["exactness"]["measured"] is not None
+
+
+def test_bytes_depend_on_nothing_but_the_request(
+    method: Method, source: Path, tmp_path: Path
+) -> None:
+    before = digest(source)
+    for name, workers in (("one", 1), ("again", 1), ("two", 2)):
+        perform(method, source, tmp_path / name, workers=workers)
+    assert len({digest(tmp_path / name) for name in ("one", "again", "two")}) == 1
+    assert digest(source) == before
+
+
+def test_shards_hold_the_same_tensors(method: Method, source: Path, tmp_path: Path) -> None:
+    perform(method, source, tmp_path / "one")
+    perform(method, source, tmp_path / "many", max_shard_bytes=40_000)
+    one, many = (open_checkpoint(tmp_path / name) for name in ("one", "many"))
+    assert len(many.files) > 2
+    assert one.tensors.keys() == many.tensors.keys()
+    for name, info in one.tensors.items():
+        other = many.tensors[name]
+        first = info.file.read_bytes()[info.begin : info.end]
+        assert first == other.file.read_bytes()[other.begin : other.end]
+    stock(tmp_path / "many")
+
+
+def test_the_report_is_complete(method: Method, source: Path, tmp_path: Path) -> None:
+    perform(method, source, tmp_path / "out", seed=5)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["operation"] == method.command
+    assert report["method"] == method.name
+    assert report["seed"] == 5
+    assert set(report["options"]) == {field.name for field in dataclasses.fields(method.options)}
+    assert report["command"][:3] == ["moesurg", method.command, str(source)]
+    files = {path.name for path in (tmp_path / "out").iterdir()} - {"report.json"}
+    assert set(report["output"]["files"]) == files
+    assert set(report["sources"][0]["files"]) == {"config.json", "model.safetensors"}
+    assert (report["statistics"] is None) == (method.info.data == "none")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert method.name in text
+    assert "moesurg" in text
+    # What differs between two equal runs has no place in it.
+    assert not {"seconds", "workers", "time", "host"} & set(report)
+
+
+def test_the_plan_survives_json(method: Method, source: Path) -> None:
+    from moesurg.surgery.operation import Request, _plan
+
+    model = Model.open(source)
+    options = method.parse({"experts": 4})
+    draft = method.plan([model], options)
+    request = Request(method.command, method.name, (str(source),), None, {"experts": 4})
+    plan = _plan(request, [model], draft, options)
+    assert type(plan).from_json(plan.to_json()) == plan

@@ -1,0 +1,78 @@
+"""Whole models in memory, as stock transformers sees them, and runs of the library on them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from moesurg.surgery.operation import Request, run
+from moesurg.surgery.progress import Silent
+
+
+def stock(folder: Path) -> Any:
+    """The model in float32, loaded without a missing or unexpected key."""
+    from transformers import AutoModelForCausalLM
+
+    loader: Any = AutoModelForCausalLM
+    model, info = loader.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert not info["mismatched_keys"]
+    return model.eval()
+
+
+def token_ids(folder: Path, length: int = 24, rows: int = 3) -> torch.Tensor:
+    from moesurg.surgery.checkpoint.header import read_json
+
+    vocab = int(str(read_json(folder / "config.json")["vocab_size"]))
+    return torch.randint(0, vocab, (rows, length), generator=torch.Generator().manual_seed(7))
+
+
+def logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = stock(folder)(input_ids=ids).logits
+    return found
+
+
+def drift(first: Path, second: Path) -> float:
+    """Largest difference of logits on random tokens."""
+    ids = token_ids(first)
+    return float((logits(first, ids) - logits(second, ids)).abs().max())
+
+
+def operate(
+    command: str, method: str, source: Path, output: Path, **arguments: Any
+) -> dict[str, Any]:
+    """Run an operation; options of the method and fields of the request alike by keyword."""
+    fields = {name: arguments.pop(name) for name in list(arguments) if name in _FIELDS}
+    fields.setdefault("tokens", 600)
+    fields.setdefault("seq_len", 64)
+    request = Request(command, method, (str(source),), output, arguments, **fields)
+    return run(request, Silent())
+
+
+_FIELDS = set(Request.__dataclass_fields__) - {"command", "method", "sources", "output", "options"}
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a folder."""
+    found: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        found.update(load_file(file))
+    return found
+
+
+def rewrite(source: Path, target: Path, change: dict[str, torch.Tensor]) -> Path:
+    """A copy of a folder of one shard with some tensors changed."""
+    target.mkdir(parents=True)
+    for file in source.iterdir():
+        if file.suffix != ".safetensors":
+            (target / file.name).write_bytes(file.read_bytes())
+    merged = {**tensors(source), **change}
+    save_file(merged, target / "model.safetensors", metadata={"format": "pt"})
+    return target
