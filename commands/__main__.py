@@ -1,0 +1,7 @@
+"""``python -m moesurg.commands`` is ``moesurg``."""
+
+import sys
+
+from .app import main
+
+sys.exit(main())

@@ -1,0 +1,110 @@
+"""``moesurg inspect``: what a checkpoint is, from its headers."""
+
+from __future__ import annotations
+
+import shlex
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from . import options as shared
+from .output import emit, facts, in_bytes, in_number, table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def inspect(
+    source: shared.Source, as_json: shared.Json = False, quiet: shared.Quiet = False
+) -> None:
+    """Tell family, sizes, experts and router of a checkpoint, and what can be done with it.
+
+    Reads config and headers only, and checks them completely: every tensor the config promises is there, has
+    its shape, and no other is.
+    """
+    from moesurg.surgery import inspection
+
+    record = inspection.inspect(source)
+    emit(record, as_json=as_json, human=lambda console: _show(console, record))
+
+
+def _show(console: Console, record: dict[str, Any]) -> None:
+    console.print(facts(_rows(record)))
+    components = record["parameters"]["components"]
+    found = table("component", "parameters", "share", right=("parameters", "share"))
+    total = record["parameters"]["total"]
+    for name, count in components.items():
+        share = "" if name == "other" else f"{count / total:.1%}"
+        found.add_row(name.replace("_", " "), f"{count:,}", share)
+    console.print(found)
+    if "per_layer" in record:
+        console.print(_layers(record["per_layer"]))
+    if "provenance" in record:
+        console.print("made by moesurg:")
+        console.print(facts(_origin(record["provenance"])))
+
+
+def _rows(record: dict[str, Any]) -> dict[str, str]:
+    parameters, widths = record["parameters"], record["widths"]
+    rows = {
+        "checkpoint": record["folder"],
+        "family": f"{record['family']} ({record['class']})",
+        "support": record["support"]["sentence"],
+        "parameters": f"{in_number(parameters['total'])}, "
+        f"{in_number(parameters['active_per_token'])} active per token",
+        "stored": f"{in_bytes(record['bytes'])} in {len(record['shards'])} file(s), "
+        f"{record['tensors']} tensors, {', '.join(record['dtypes'])}",
+        "layers": str(record["layers"]),
+        "widths": ", ".join(f"{name.replace('_', ' ')} {size}" for name, size in widths.items()),
+        "embeddings": "tied" if record["tied_embeddings"] else "separate head",
+    }
+    if "moe" in record:
+        moe = record["moe"]
+        rows["experts"] = (
+            f"{moe['experts']} in each of {moe['layers']} layers, "
+            f"{moe['top_k']} per token, stored {moe['layout']}"
+        )
+        rows["router"] = moe["router"]["sentence"]
+        same = moe["identical_experts"]
+        verdict = "reproduce a dense layer" if same["reproduce_dense"] else "rescale a dense layer"
+        rows["identical experts"] = f"{verdict}: {same['reason']}"
+    for target in record.get("upcycle_targets", ()):
+        possible = target["possible"]
+        rows[f"to {target['family']}"] = ("possible: " if possible else "not: ") + target["reason"]
+    names = [f"{method['command']} --method {method['name']}" for method in record["methods"]]
+    rows["methods"] = ", ".join(names) or "none"
+    return rows
+
+
+def _origin(provenance: dict[str, Any]) -> dict[str, str]:
+    exactness = provenance.get("exactness") or {}
+    sources = [str(source.get("path")) for source in provenance.get("sources") or ()]
+    return {
+        "version": str(provenance.get("moesurg")),
+        "command": shlex.join(map(str, provenance.get("command") or ())),
+        "sources": ", ".join(sources),
+        "function": f"{exactness.get('kind')}: {exactness.get('reason')}",
+    }
+
+
+def _layers(per_layer: list[dict[str, Any]]) -> Any:
+    numbers = ("experts", "top-k", "width", "parameters", "active", "bytes")
+    found = table("layer", "kind", *numbers, "dtypes", right=("layer", *numbers))
+    for row in per_layer:
+        found.add_row(
+            str(row["layer"]),
+            row["kind"],
+            str(row["experts"] or "-"),
+            str(row["top_k"] or "-"),
+            str(row["width"]),
+            f"{row['parameters']:,}",
+            f"{row['active']:,}",
+            in_bytes(row["bytes"]),
+            ", ".join(row["dtypes"]),
+        )
+    return found
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("inspect", no_args_is_help=True)(inspect)
