@@ -7,13 +7,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from .config import Config
-from .layouts import ExpertLayout
+from .layouts import FUSED, ExpertLayout
+from .layouts import PROJECTIONS as PROJECTIONS
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
-
-PROJECTIONS = ("gate", "up", "down")
-"""The three matrices of a SwiGLU feed-forward: gate and up are [F, D], down is [D, F]."""
 
 DENSE_FFN = {
     "gate": "mlp.gate_proj.weight",
@@ -26,24 +24,40 @@ DENSE_FFN = {
 class RouterRule:
     """How a family turns router logits into selected experts and their weights.
 
+    Where a layer has a selection bias (``ExpertLayout.correction``), it is added to the scores for the selection
+    and nowhere else: weights are scores without it.
+
     Attributes:
-        score: what logits become before selection.
+        score: what logits become before selection: ``softmax`` over all experts, ``sigmoid`` of each, or
+            ``selected-softmax``: the raw logits, and the softmax of the selected ones as weights.
         top_k: experts a token selects.
         renormalise: divide the selected scores by their sum.
         scaling: factor on the final weights.
         cast_weights: weights are cast back to the logits' dtype.
+        epsilon: added to the sum that divides.
+        least_sum: what the sum that divides is at least.
+        groups: consecutive experts form this many groups of one size; 1 selects among all.
+        top_groups: groups that selection is limited to.
+        group_size: best (biased) scores whose sum is a group's score.
+        ordered: whether stock sorts the selected experts by score.
     """
 
-    score: Literal["softmax"]
+    score: Literal["softmax", "sigmoid", "selected-softmax"]
     top_k: int
     renormalise: bool
     scaling: float = 1.0
     cast_weights: bool = False
+    epsilon: float = 0.0
+    least_sum: float = 0.0
+    groups: int = 1
+    top_groups: int = 1
+    group_size: int = 2
+    ordered: bool = True
 
     @property
     def weights_sum_to_one(self) -> bool:
         """Whether identical experts reproduce one expert, whatever the router says."""
-        return self.renormalise and self.scaling == 1.0
+        return (self.renormalise or self.score == "selected-softmax") and self.scaling == 1.0
 
 
 @dataclass(frozen=True)
@@ -52,6 +66,7 @@ class MoE:
 
     Attributes:
         layouts: every way its experts are stored, the Hub's own first.
+        stock: the parameter names of the stock decoder layer; they also tell its router and experts modules.
         expert_keys: spellings of the config key for the number of routed experts, the family's own first.
         width_key: config key of an expert's hidden width.
         rule: router semantics from the config.
@@ -65,6 +80,7 @@ class MoE:
     rule: Callable[[Config], RouterRule]
     is_moe_layer: Callable[[Config, int], bool] = lambda config, layer: True
     shared: Callable[[Config], Shapes] = lambda config: {}
+    stock: ExpertLayout = FUSED
 
     def experts(self, config: Config) -> int:
         return config.integer(*self.expert_keys)
@@ -99,6 +115,10 @@ class Family:
         moe: the mixture, or None for a dense family.
         dense_ffn: names of the dense feed-forward below the layer's prefix.
         target: how it is grown from a dense parent, or None.
+        head_dim: width of a query head.
+        logits_divisor: what the head's outputs are divided by.
+        prediction_layers: config key that counts layers after the last which predict further tokens. Stock
+            classes leave them aside; they are passed through as they are.
     """
 
     model_type: str
@@ -113,6 +133,9 @@ class Family:
     embedding: str = "model.embed_tokens.weight"
     final_norm: str = "model.norm.weight"
     head: str = "lm_head.weight"
+    head_dim: Callable[[Config], int] = lambda config: config.head_dim
+    logits_divisor: Callable[[Config], float] = lambda config: 1.0
+    prediction_layers: str = ""
 
 
 def attention_shapes(

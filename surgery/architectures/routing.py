@@ -10,12 +10,15 @@ if TYPE_CHECKING:
     import torch
 
 
-def route(logits_TE: torch.Tensor, rule: RouterRule) -> tuple[torch.Tensor, torch.Tensor]:
+def route(
+    logits_TE: torch.Tensor, rule: RouterRule, correction_E: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Select experts.
 
     Args:
-        logits_TE: [T, E] raw router logits, any floating dtype.
+        logits_TE: [T, E] raw router logits, any floating dtype; a router's own bias is part of them.
         rule: the family's semantics.
+        correction_E: [E] what is added to the scores for the selection alone.
 
     Returns:
         weights [T, k] (float32, or the logits' dtype where the family casts back) and indices [T, k] (int64),
@@ -23,12 +26,35 @@ def route(logits_TE: torch.Tensor, rule: RouterRule) -> tuple[torch.Tensor, torc
     """
     import torch
 
-    scores_TE = torch.softmax(logits_TE, dim=-1, dtype=torch.float32)
-    weights_TK, indices_TK = torch.topk(scores_TE, rule.top_k, dim=-1)
+    if rule.score == "softmax":
+        scores_TE = torch.softmax(logits_TE, dim=-1, dtype=torch.float32)
+    elif rule.score == "sigmoid":
+        scores_TE = logits_TE.float().sigmoid()
+    else:
+        scores_TE = logits_TE.float()
+    choice_TE = scores_TE if correction_E is None else scores_TE + correction_E
+    if rule.groups > 1:
+        choice_TE = _within_groups(choice_TE, rule)
+    indices_TK = torch.topk(choice_TE, rule.top_k, dim=-1, sorted=rule.ordered)[1]
+    weights_TK = scores_TE.gather(1, indices_TK)
+    if rule.score == "selected-softmax":
+        weights_TK = torch.softmax(weights_TK, dim=-1)
     if rule.renormalise:
-        weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
+        total_T1 = weights_TK.sum(dim=-1, keepdim=True)
+        weights_TK = weights_TK / (total_T1 + rule.epsilon).clamp(min=rule.least_sum)
     if rule.scaling != 1.0:
         weights_TK = weights_TK * rule.scaling
     if rule.cast_weights:
         weights_TK = weights_TK.to(logits_TE.dtype)
     return weights_TK, indices_TK
+
+
+def _within_groups(choice_TE: torch.Tensor, rule: RouterRule) -> torch.Tensor:
+    """Scores with all but the best groups of every token at minus infinity."""
+    import torch
+
+    grouped_TGM = choice_TE.view(len(choice_TE), rule.groups, -1)
+    score_TG = grouped_TGM.topk(rule.group_size, dim=-1)[0].sum(dim=-1)
+    best_TB = torch.topk(score_TG, rule.top_groups, dim=-1, sorted=False)[1]
+    kept_TG = torch.zeros_like(score_TG, dtype=torch.bool).scatter_(1, best_TB, True)
+    return grouped_TGM.masked_fill(~kept_TG[:, :, None], float("-inf")).view_as(choice_TE)
