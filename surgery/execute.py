@@ -228,9 +228,7 @@ class _Window:
 
     def meets(self, other: _Window) -> bool:
         """Whether the two ranges overlap."""
-        return (
-            self.tensor == other.tensor and self.begin < other.end and other.begin < self.end
-        )
+        return self.tensor == other.tensor and self.begin < other.end and other.begin < self.end
 
     def joined(self, other: _Window) -> _Window:
         begin, end = min(self.begin, other.begin), max(self.end, other.end)

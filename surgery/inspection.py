@@ -141,6 +141,7 @@ def _widths(model: Model) -> dict[str, int]:
 def _component_counts(model: Model) -> dict[str, int]:
     tensors, family = model.checkpoint.tensors, model.family
     component = {family.embedding: "embedding", family.final_norm: "norms"}
+    component |= {family.final_norm_bias: "norms", family.head_bias_name: "head"}
     component[family.head] = "other" if model.config.tied else "head"
     for layer in model.layers:
         component.update(_layer_components(layer))
@@ -215,6 +216,8 @@ def _moe(model: Model) -> dict[str, object]:
 def _rule_sentence(rule: RouterRule) -> str:
     if rule.score == "selected-softmax":
         parts = [f"top {rule.top_k} logits", "softmax over those"]
+    elif rule.score == "sparsemixer":
+        parts = ["sparsemixer: each of the top 2 with its softmax over the logits near it"]
     else:
         score = "softmax over all experts" if rule.score == "softmax" else "sigmoid of each logit"
         parts = [score, f"top {rule.top_k}"]

@@ -33,7 +33,7 @@ def group_limits(config: Config) -> tuple[int, int]:
     """
     groups = config.integer("n_group")
     chosen = config.integer("topk_group")
-    experts = config.integer("n_routed_experts")
+    experts = config.integer("n_routed_experts", "num_local_experts", "num_experts")
     if experts % groups or chosen > groups:
         raise InputError(
             f"{config.where}: {experts} experts in {groups} groups (n_group), of which {chosen} are "

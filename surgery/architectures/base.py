@@ -28,21 +28,23 @@ class RouterRule:
     and nowhere else: weights are scores without it.
 
     Attributes:
-        score: what logits become before selection: ``softmax`` over all experts, ``sigmoid`` of each, or
-            ``selected-softmax``: the raw logits, and the softmax of the selected ones as weights.
+        score: what logits become before selection: ``softmax`` over all experts, ``sigmoid`` of each,
+            ``selected-softmax``: the raw logits, and the softmax of the selected ones as weights, or
+            ``sparsemixer``: the two largest logits, each with its softmax over those near it (PhiMoE).
         top_k: experts a token selects.
         renormalise: divide the selected scores by their sum.
         scaling: factor on the final weights.
-        cast_weights: weights are cast back to the logits' dtype.
+        cast_weights: weights are cast to the hidden states' dtype.
         epsilon: added to the sum that divides.
         least_sum: what the sum that divides is at least.
         groups: consecutive experts form this many groups of one size; 1 selects among all.
         top_groups: groups that selection is limited to.
         group_size: best (biased) scores whose sum is a group's score.
         ordered: whether stock sorts the selected experts by score.
+        jitter: of ``sparsemixer``: logits further than twice this, relatively, below the best do not count.
     """
 
-    score: Literal["softmax", "sigmoid", "selected-softmax"]
+    score: Literal["softmax", "sigmoid", "selected-softmax", "sparsemixer"]
     top_k: int
     renormalise: bool
     scaling: float = 1.0
@@ -53,6 +55,7 @@ class RouterRule:
     top_groups: int = 1
     group_size: int = 2
     ordered: bool = True
+    jitter: float = 0.0
 
     @property
     def weights_sum_to_one(self) -> bool:
@@ -68,6 +71,7 @@ class MoE:
         layouts: every way its experts are stored, the Hub's own first.
         stock: the parameter names of the stock decoder layer; they also tell its router and experts modules.
         expert_keys: spellings of the config key for the number of routed experts, the family's own first.
+        other_keys: further spellings that stock accepts; read and rewritten where a config has them.
         width_key: config key of an expert's hidden width.
         rule: router semantics from the config.
         is_moe_layer: which decoder layers hold experts.
@@ -81,9 +85,10 @@ class MoE:
     is_moe_layer: Callable[[Config, int], bool] = lambda config, layer: True
     shared: Callable[[Config], Shapes] = lambda config: {}
     stock: ExpertLayout = FUSED
+    other_keys: Sequence[str] = ()
 
     def experts(self, config: Config) -> int:
-        return config.integer(*self.expert_keys)
+        return config.integer(*self.expert_keys, *self.other_keys)
 
 
 @dataclass(frozen=True)
@@ -119,6 +124,11 @@ class Family:
         logits_divisor: what the head's outputs are divided by.
         prediction_layers: config key that counts layers after the last which predict further tokens. Stock
             classes leave them aside; they are passed through as they are.
+        prediction_prefixes: how else tensors of such layers are called.
+        mixer: further parameter shapes that differ between layers, like ``attention``.
+        norm_bias: whether the final norm has a bias beside its weight.
+        head_bias: whether the output head has one.
+        backend: transformers' attention implementation that can run it.
     """
 
     model_type: str
@@ -136,6 +146,19 @@ class Family:
     head_dim: Callable[[Config], int] = lambda config: config.head_dim
     logits_divisor: Callable[[Config], float] = lambda config: 1.0
     prediction_layers: str = ""
+    prediction_prefixes: Sequence[str] = ()
+    mixer: Callable[[Config, int], Shapes] = lambda config, layer: {}
+    norm_bias: bool = False
+    head_bias: Callable[[Config], bool] = lambda config: False
+    backend: str = "sdpa"
+
+    @property
+    def final_norm_bias(self) -> str:
+        return self.final_norm.removesuffix(".weight") + ".bias"
+
+    @property
+    def head_bias_name(self) -> str:
+        return self.head.removesuffix(".weight") + ".bias"
 
 
 def attention_shapes(

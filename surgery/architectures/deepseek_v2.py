@@ -80,6 +80,7 @@ FAMILY = Family(
     moe=MoE(
         layouts=(PER_EXPERT, FUSED),
         expert_keys=("n_routed_experts",),
+        other_keys=("num_experts",),
         width_key="moe_intermediate_size",
         rule=_rule,
         is_moe_layer=after_dense_layers,

@@ -37,6 +37,7 @@ FAMILY = Family(
     moe=MoE(
         layouts=(CORRECTED_PER_EXPERT, CORRECTED_FUSED),
         expert_keys=("n_routed_experts",),
+        other_keys=("num_local_experts",),
         width_key="moe_intermediate_size",
         rule=sigmoid_rule,
         is_moe_layer=after_dense_layers,

@@ -151,7 +151,10 @@ class Model:
         ordered = [self.family.embedding]
         for layer in self.layers:
             ordered.extend(layer.names)
-        ordered.extend([self.family.final_norm, self.family.head])
+        family = self.family
+        ordered.extend(
+            [family.final_norm, family.final_norm_bias, family.head, family.head_bias_name]
+        )
         present = [name for name in ordered if name in self.checkpoint.tensors]
         known = set(present)
         return present + sorted(name for name in self.checkpoint.tensors if name not in known)
@@ -160,11 +163,9 @@ class Model:
         """Tensors of layers after the last that predict further tokens, which stock classes leave aside."""
         key = self.family.prediction_layers
         count = self.config.get(key) if key else 0
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            return []
-        prefixes = tuple(
-            self.family.prefix.format(layer=self.config.layers + extra) for extra in range(count)
-        )
+        extra = range(count if isinstance(count, int) else 0)
+        layers = [self.family.prefix.format(layer=self.config.layers + index) for index in extra]
+        prefixes = (*layers, *self.family.prediction_prefixes)
         return sorted(name for name in self.checkpoint.tensors if name.startswith(prefixes))
 
     def whole(self, name: str) -> Region:
@@ -215,7 +216,10 @@ class Model:
 
     def _layer_shapes(self, index: int) -> dict[str, Shape]:
         config, moe = self.config, self.family.moe
-        shapes: dict[str, Shape] = dict(self.family.attention(config))
+        shapes: dict[str, Shape] = {
+            **self.family.attention(config),
+            **self.family.mixer(config, index),
+        }
         if moe is not None and self.layout is not None and moe.is_moe_layer(config, index):
             width = config.integer(moe.width_key)
             shapes.update(self.layout.shapes(self.experts, config.hidden, width))
@@ -236,8 +240,12 @@ class Model:
             for name, shape in self._layer_shapes(layer.index).items():
                 yield layer.prefix + name, shape
         yield family.final_norm, (config.hidden,)
+        if family.norm_bias:
+            yield family.final_norm_bias, (config.hidden,)
         if not config.tied:
             yield family.head, (config.vocab, config.hidden)
+        if family.head_bias(config):
+            yield family.head_bias_name, (config.vocab,)
 
     def _validate(self) -> None:
         tensors, expected = self.checkpoint.tensors, dict(self._expected())

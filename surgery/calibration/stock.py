@@ -142,8 +142,12 @@ class StockModel:
 
     def final_norm(self, reader: TensorReader) -> nn.Module:
         """The norm after the last layer, with its weight."""
-        weight_D = self._read(reader, self.model.whole(self.model.family.final_norm))
-        return fill(copy.deepcopy(self._norm), {"weight": weight_D}, "final norm")
+        family = self.model.family
+        names = {"weight": family.final_norm}
+        if family.norm_bias:
+            names["bias"] = family.final_norm_bias
+        read = {leaf: self._read(reader, self.model.whole(name)) for leaf, name in names.items()}
+        return fill(copy.deepcopy(self._norm), read, "final norm")
 
     def _read(self, reader: TensorReader, region: Region) -> torch.Tensor:
         return reader.read(region).to(device=self.device, dtype=self.dtype)
@@ -230,7 +234,10 @@ def _build(model: Model, dtype: torch.dtype) -> Any:
         config = config_class.from_dict(known)
         with torch.device("meta"):
             whole = model_class._from_config(
-                config, dtype=dtype, attn_implementation="sdpa", experts_implementation="eager"
+                config,
+                dtype=dtype,
+                attn_implementation=model.family.backend,
+                experts_implementation="eager",
             )
     except Exception as error:  # transformers validates configs with exceptions of many types
         raise InputError(f"{where}: transformers does not accept it ({error})") from error

@@ -101,8 +101,8 @@ def plan_merge(
         )
     config = dict(model.config.raw)
     if model.family.moe is not None:
-        present = [key for key in model.family.moe.expert_keys if key in config]
-        for key in {*present, *model.family.moe.expert_keys}:
+        moe = model.family.moe
+        for key in (*moe.expert_keys, *(key for key in moe.other_keys if key in config)):
             config[key] = count
     unchanged = experts == model.experts
     exactness = (
@@ -304,9 +304,7 @@ def _read(work: Work, experts: Experts, expert: int) -> dict[str, torch.Tensor]:
     return {projection: work.read(region) for projection, region in experts.regions(expert).items()}
 
 
-def _reordered(
-    matrices: dict[str, torch.Tensor], order_F: torch.Tensor
-) -> dict[str, torch.Tensor]:
+def _reordered(matrices: dict[str, torch.Tensor], order_F: torch.Tensor) -> dict[str, torch.Tensor]:
     """The same expert with its neurons in another order; the bias of down belongs to none of them."""
     found = {part: matrix[order_F] for part, matrix in matrices.items() if "down" not in part}
     found["down"] = matrices["down"][:, order_F]
