@@ -165,6 +165,9 @@ def _merge_units(layer: Layer, count: int, tied: bool, params: dict[str, Any]) -
     matrix, square = experts.hidden * experts.width, experts.width * experts.width
     # Reference and member in float32, sums in float64, and the assignment's scores twice.
     memory = 48 * matrix + 16 * square
+    if experts.layout.transposed:
+        # Reading gate or up brings in both, and strided parts wait for each other.
+        memory += 24 * matrix
     if params.get("rank"):
         memory += 24 * max(experts.hidden, experts.width) ** 2
     router = Unit(
