@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,6 +106,7 @@ class Work:
     def __init__(self, runner: Runner, unit: Unit, decision: Any) -> None:
         self._runner = runner
         self._written: set[Region] = set()
+        self._windows: list[_Window] = []
         self.unit = unit
         self.decision = decision
         self.casts: dict[str, float] = {}
@@ -174,6 +176,11 @@ class Work:
         missing = [region for region in self.unit.writes if region not in self._written]
         if missing:
             raise MoesurgError(f"unit {self.unit.id} did not write {missing[0]}")
+        if self._windows:
+            raise MoesurgError(
+                f"unit {self.unit.id} left gaps in {self._windows[0].tensor!r}, which other units would "
+                "have to fill"
+            )
 
     def _put(self, region: Region, cast: torch.Tensor) -> None:
         import torch
@@ -183,7 +190,61 @@ class Work:
             data = cast.contiguous().view(torch.uint8).reshape(-1).numpy().data
             self._runner.writer.write(region.tensor, data, offset=region.offset * size)
             return
-        raise MoesurgError(f"region {region} is strided, which no supported family writes")
+        # Strided parts of one window (gate and up of an expert, say) wait for each other in memory.
+        window = _Window.of(region, cast)
+        apart = []
+        for other in self._windows:
+            if window.meets(other):
+                window = window.joined(other)
+            else:
+                apart.append(other)
+        self._windows = apart
+        if window.complete:
+            data = window.assembled().view(torch.uint8).numpy().data
+            self._runner.writer.write(window.tensor, data, offset=window.begin * size)
+        else:
+            self._windows.append(window)
+
+
+@dataclass(frozen=True)
+class _Window:
+    """A flat range of a tensor and the strided parts written to it so far.
+
+    Attributes:
+        begin, end: elements.
+        parts: what was written, in its stored type.
+    """
+
+    tensor: str
+    begin: int
+    end: int
+    parts: tuple[tuple[Region, torch.Tensor], ...]
+
+    @staticmethod
+    def of(region: Region, cast: torch.Tensor) -> _Window:
+        begin, count = region.span()
+        return _Window(region.tensor, begin, begin + count, ((region, cast),))
+
+    @property
+    def complete(self) -> bool:
+        """Whether every element was written: the parts are disjoint, so that counting them is enough."""
+        return sum(region.count for region, _ in self.parts) == self.end - self.begin
+
+    def meets(self, other: _Window) -> bool:
+        """Whether the two ranges overlap."""
+        return self.tensor == other.tensor and self.begin < other.end and other.begin < self.end
+
+    def joined(self, other: _Window) -> _Window:
+        begin, end = min(self.begin, other.begin), max(self.end, other.end)
+        return _Window(self.tensor, begin, end, (*self.parts, *other.parts))
+
+    def assembled(self) -> torch.Tensor:
+        """The range as one flat tensor."""
+        flat = self.parts[0][1].new_empty(self.end - self.begin)
+        for region, cast in self.parts:
+            offset = region.offset - self.begin
+            flat.as_strided(region.shape, region.strides, offset).copy_(cast)
+        return flat
 
 
 def dump_decision(decision: Any) -> str:

@@ -124,14 +124,15 @@ def _widths(model: Model) -> dict[str, int]:
         "hidden": config.hidden,
         "heads": config.heads,
         "kv_heads": config.kv_heads,
-        "head_dim": config.head_dim,
+        "head_dim": model.family.head_dim(config),
         "vocabulary": config.vocab,
     }
     if any(layer.ffn for layer in model.layers):
         found["dense_ffn"] = config.integer("intermediate_size")
     if moe is not None:
         found["expert"] = config.integer(moe.width_key)
-        downs = [shape for name, shape in moe.shared(config).items() if "down_proj" in name]
+        leaves = ("down_proj.weight", "output_linear.weight")
+        downs = [shape for name, shape in moe.shared(config).items() if name.endswith(leaves)]
         if downs:
             found["shared_expert"] = downs[0][1]
     return found
@@ -140,6 +141,7 @@ def _widths(model: Model) -> dict[str, int]:
 def _component_counts(model: Model) -> dict[str, int]:
     tensors, family = model.checkpoint.tensors, model.family
     component = {family.embedding: "embedding", family.final_norm: "norms"}
+    component |= {family.final_norm_bias: "norms", family.head_bias_name: "head"}
     component[family.head] = "other" if model.config.tied else "head"
     for layer in model.layers:
         component.update(_layer_components(layer))
@@ -153,10 +155,13 @@ def _layer_components(layer: Layer) -> dict[str, str]:
     ffn = {region.tensor for region in layer.ffn.values()}
     ffn |= {name.removesuffix(".weight") + ".bias" for name in ffn}
     routed = set(layer.experts.names) if layer.experts else set()
-    router = layer.experts.router.tensor if layer.experts else ""
+    router = {region.tensor for region in layer.experts.routing} if layer.experts else set()
+    correction = layer.experts.correction if layer.experts else None
     found = {}
     for name in layer.names:
-        if name == router:
+        if correction is not None and name == correction.tensor:
+            found[name] = "other"
+        elif name in router:
             found[name] = "router"
         elif name in routed:
             found[name] = "experts"
@@ -200,6 +205,8 @@ def _moe(model: Model) -> dict[str, object]:
             "score": rule.score,
             "renormalise": rule.renormalise,
             "scaling": rule.scaling,
+            "groups": rule.groups,
+            "selection_bias": bool(model.layout and model.layout.correction),
             "sentence": _rule_sentence(rule),
         },
         "identical_experts": _identical(rule),
@@ -207,8 +214,16 @@ def _moe(model: Model) -> dict[str, object]:
 
 
 def _rule_sentence(rule: RouterRule) -> str:
-    parts = [f"{rule.score} over all experts", f"top {rule.top_k}"]
-    parts.append("divided by their sum" if rule.renormalise else "not renormalised")
+    if rule.score == "selected-softmax":
+        parts = [f"top {rule.top_k} logits", "softmax over those"]
+    elif rule.score == "sparsemixer":
+        parts = ["sparsemixer: each of the top 2 with its softmax over the logits near it"]
+    else:
+        score = "softmax over all experts" if rule.score == "softmax" else "sigmoid of each logit"
+        parts = [score, f"top {rule.top_k}"]
+        parts.append("divided by their sum" if rule.renormalise else "not renormalised")
+    if rule.groups > 1:
+        parts.append(f"within the best {rule.top_groups} of {rule.groups} groups")
     if rule.scaling != 1.0:
         parts.append(f"times {rule.scaling:g}")
     return ", ".join(parts)
@@ -218,10 +233,10 @@ def _identical(rule: RouterRule) -> dict[str, object]:
     """Whether copies of one feed-forward as experts compute that feed-forward."""
     if rule.weights_sum_to_one:
         reason = "the weights of the selected experts sum to one, so identical experts act as one"
-    elif rule.renormalise:
+    elif rule.renormalise or rule.score == "selected-softmax":
         reason = f"the weights of the selected experts sum to {rule.scaling:g}, not to one"
     else:
-        reason = "the weights of the selected experts are not renormalised and sum to less than one"
+        reason = "the weights of the selected experts are not renormalised and do not sum to one"
     return {"reproduce_dense": rule.weights_sum_to_one, "reason": reason}
 
 
@@ -245,14 +260,14 @@ def _targets(model: Model) -> list[dict[str, object]]:
 
 
 def _layer_row(model: Model, layer: Layer) -> dict[str, object]:
-    sizes = {name: _count(model.checkpoint.tensors[name].shape) for name in layer.names}
+    component = _layer_components(layer)
+    counted = [name for name in layer.names if component[name] != "other"]
+    sizes = {name: _count(model.checkpoint.tensors[name].shape) for name in counted}
     row: dict[str, object] = {"layer": layer.index, "kind": "dense", "experts": 0, "top_k": 0}
     total = sum(sizes.values())
     active = total
     if layer.experts is not None:
-        routed = (
-            sum(sizes[name] for name in layer.experts.names) - sizes[layer.experts.router.tensor]
-        )
+        routed = sum(size for name, size in sizes.items() if component[name] == "experts")
         active = total - routed + routed * model.rule.top_k // layer.experts.count
         row.update(kind="moe", experts=layer.experts.count, top_k=model.rule.top_k)
         row["width"] = layer.experts.width

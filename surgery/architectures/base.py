@@ -7,13 +7,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from .config import Config
-from .layouts import ExpertLayout
+from .layouts import FUSED, ExpertLayout
+from .layouts import PROJECTIONS as PROJECTIONS
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
-
-PROJECTIONS = ("gate", "up", "down")
-"""The three matrices of a SwiGLU feed-forward: gate and up are [F, D], down is [D, F]."""
 
 DENSE_FFN = {
     "gate": "mlp.gate_proj.weight",
@@ -26,24 +24,43 @@ DENSE_FFN = {
 class RouterRule:
     """How a family turns router logits into selected experts and their weights.
 
+    Where a layer has a selection bias (``ExpertLayout.correction``), it is added to the scores for the selection
+    and nowhere else: weights are scores without it.
+
     Attributes:
-        score: what logits become before selection.
+        score: what logits become before selection: ``softmax`` over all experts, ``sigmoid`` of each,
+            ``selected-softmax``: the raw logits, and the softmax of the selected ones as weights, or
+            ``sparsemixer``: the two largest logits, each with its softmax over those near it (PhiMoE).
         top_k: experts a token selects.
         renormalise: divide the selected scores by their sum.
         scaling: factor on the final weights.
-        cast_weights: weights are cast back to the logits' dtype.
+        cast_weights: weights are cast to the hidden states' dtype.
+        epsilon: added to the sum that divides.
+        least_sum: what the sum that divides is at least.
+        groups: consecutive experts form this many groups of one size; 1 selects among all.
+        top_groups: groups that selection is limited to.
+        group_size: best (biased) scores whose sum is a group's score.
+        ordered: whether stock sorts the selected experts by score.
+        jitter: of ``sparsemixer``: logits further than twice this, relatively, below the best do not count.
     """
 
-    score: Literal["softmax"]
+    score: Literal["softmax", "sigmoid", "selected-softmax", "sparsemixer"]
     top_k: int
     renormalise: bool
     scaling: float = 1.0
     cast_weights: bool = False
+    epsilon: float = 0.0
+    least_sum: float = 0.0
+    groups: int = 1
+    top_groups: int = 1
+    group_size: int = 2
+    ordered: bool = True
+    jitter: float = 0.0
 
     @property
     def weights_sum_to_one(self) -> bool:
         """Whether identical experts reproduce one expert, whatever the router says."""
-        return self.renormalise and self.scaling == 1.0
+        return (self.renormalise or self.score == "selected-softmax") and self.scaling == 1.0
 
 
 @dataclass(frozen=True)
@@ -52,7 +69,9 @@ class MoE:
 
     Attributes:
         layouts: every way its experts are stored, the Hub's own first.
+        stock: the parameter names of the stock decoder layer; they also tell its router and experts modules.
         expert_keys: spellings of the config key for the number of routed experts, the family's own first.
+        other_keys: further spellings that stock accepts; read and rewritten where a config has them.
         width_key: config key of an expert's hidden width.
         rule: router semantics from the config.
         is_moe_layer: which decoder layers hold experts.
@@ -65,9 +84,11 @@ class MoE:
     rule: Callable[[Config], RouterRule]
     is_moe_layer: Callable[[Config, int], bool] = lambda config, layer: True
     shared: Callable[[Config], Shapes] = lambda config: {}
+    stock: ExpertLayout = FUSED
+    other_keys: Sequence[str] = ()
 
     def experts(self, config: Config) -> int:
-        return config.integer(*self.expert_keys)
+        return config.integer(*self.expert_keys, *self.other_keys)
 
 
 @dataclass(frozen=True)
@@ -99,6 +120,15 @@ class Family:
         moe: the mixture, or None for a dense family.
         dense_ffn: names of the dense feed-forward below the layer's prefix.
         target: how it is grown from a dense parent, or None.
+        head_dim: width of a query head.
+        logits_divisor: what the head's outputs are divided by.
+        prediction_layers: config key that counts layers after the last which predict further tokens. Stock
+            classes leave them aside; they are passed through as they are.
+        prediction_prefixes: how else tensors of such layers are called.
+        mixer: further parameter shapes that differ between layers, like ``attention``.
+        norm_bias: whether the final norm has a bias beside its weight.
+        head_bias: whether the output head has one.
+        backend: transformers' attention implementation that can run it.
     """
 
     model_type: str
@@ -113,6 +143,22 @@ class Family:
     embedding: str = "model.embed_tokens.weight"
     final_norm: str = "model.norm.weight"
     head: str = "lm_head.weight"
+    head_dim: Callable[[Config], int] = lambda config: config.head_dim
+    logits_divisor: Callable[[Config], float] = lambda config: 1.0
+    prediction_layers: str = ""
+    prediction_prefixes: Sequence[str] = ()
+    mixer: Callable[[Config, int], Shapes] = lambda config, layer: {}
+    norm_bias: bool = False
+    head_bias: Callable[[Config], bool] = lambda config: False
+    backend: str = "sdpa"
+
+    @property
+    def final_norm_bias(self) -> str:
+        return self.final_norm.removesuffix(".weight") + ".bias"
+
+    @property
+    def head_bias_name(self) -> str:
+        return self.head.removesuffix(".weight") + ".bias"
 
 
 def attention_shapes(

@@ -13,9 +13,9 @@ from ..checkpoint.reader import Checkpoint, open_checkpoint
 from ..checkpoint.region import Region
 from ..errors import InputError
 from . import family_of
-from .base import PROJECTIONS, Family, RouterRule, Shape
+from .base import Family, RouterRule, Shape
 from .config import Config
-from .layouts import ExpertLayout
+from .layouts import FUSED, ExpertLayout
 
 # Buffers that old checkpoints stored and every loader recomputes; they pass through untouched.
 _RECOMPUTED = re.compile(r".*\.rotary_emb\.inv_freq")
@@ -31,6 +31,7 @@ class Experts:
         count: routed experts E.
         hidden: model width D.
         width: expert width F.
+        stock: what the stock decoder layer calls them.
     """
 
     layout: ExpertLayout
@@ -38,18 +39,38 @@ class Experts:
     count: int
     hidden: int
     width: int
+    stock: ExpertLayout = FUSED
 
-    def region(self, expert: int, projection: str) -> Region:
-        """``gate`` and ``up`` are [F, D], ``down`` is [D, F]."""
-        return self.layout.region(self.prefix, expert, projection, self.hidden, self.width)
+    def region(self, expert: int, part: str) -> Region:
+        """``gate`` and ``up`` are [F, D], ``down`` is [D, F]; biases [F], [F] and [D]."""
+        return self.layout.region(self.prefix, expert, part, self.hidden, self.width)
 
     def regions(self, expert: int) -> dict[str, Region]:
-        return {projection: self.region(expert, projection) for projection in PROJECTIONS}
+        """Everything an expert consists of: its projections, and its biases where it has any."""
+        return {part: self.region(expert, part) for part in self.layout.parts}
 
     @property
     def router(self) -> Region:
         """The router's rows [E, D]."""
         return Region(self.prefix + self.layout.router, (self.count, self.hidden))
+
+    @property
+    def router_bias(self) -> Region | None:
+        """What is added to the router's logits, [E]."""
+        name = self.layout.router_bias
+        return Region(self.prefix + name, (self.count,)) if name else None
+
+    @property
+    def correction(self) -> Region | None:
+        """What is added to the scores for the selection alone, [E], whatever rank it is stored with."""
+        name = self.layout.correction
+        return Region(self.prefix + name, (self.count,)) if name else None
+
+    @property
+    def routing(self) -> list[Region]:
+        """Everything that decides the routing, the router's rows first; one entry an expert."""
+        found = (self.router, self.router_bias, self.correction)
+        return [region for region in found if region is not None]
 
     @property
     def names(self) -> list[str]:
@@ -130,10 +151,22 @@ class Model:
         ordered = [self.family.embedding]
         for layer in self.layers:
             ordered.extend(layer.names)
-        ordered.extend([self.family.final_norm, self.family.head])
+        family = self.family
+        ordered.extend(
+            [family.final_norm, family.final_norm_bias, family.head, family.head_bias_name]
+        )
         present = [name for name in ordered if name in self.checkpoint.tensors]
         known = set(present)
         return present + sorted(name for name in self.checkpoint.tensors if name not in known)
+
+    def prediction_names(self) -> list[str]:
+        """Tensors of layers after the last that predict further tokens, which stock classes leave aside."""
+        key = self.family.prediction_layers
+        count = self.config.get(key) if key else 0
+        extra = range(count if isinstance(count, int) else 0)
+        layers = [self.family.prefix.format(layer=self.config.layers + index) for index in extra]
+        prefixes = (*layers, *self.family.prediction_prefixes)
+        return sorted(name for name in self.checkpoint.tensors if name.startswith(prefixes))
 
     def whole(self, name: str) -> Region:
         """A stored tensor as one region."""
@@ -171,6 +204,7 @@ class Model:
                 self.experts,
                 self.config.hidden,
                 self.config.integer(moe.width_key),
+                moe.stock,
             )
             shared = tuple(prefix + name for name in moe.shared(self.config))
             return Layer(index, prefix, experts, {}, shared, names)
@@ -182,7 +216,10 @@ class Model:
 
     def _layer_shapes(self, index: int) -> dict[str, Shape]:
         config, moe = self.config, self.family.moe
-        shapes: dict[str, Shape] = dict(self.family.attention(config))
+        shapes: dict[str, Shape] = {
+            **self.family.attention(config),
+            **self.family.mixer(config, index),
+        }
         if moe is not None and self.layout is not None and moe.is_moe_layer(config, index):
             width = config.integer(moe.width_key)
             shapes.update(self.layout.shapes(self.experts, config.hidden, width))
@@ -203,11 +240,16 @@ class Model:
             for name, shape in self._layer_shapes(layer.index).items():
                 yield layer.prefix + name, shape
         yield family.final_norm, (config.hidden,)
+        if family.norm_bias:
+            yield family.final_norm_bias, (config.hidden,)
         if not config.tied:
             yield family.head, (config.vocab, config.hidden)
+        if family.head_bias(config):
+            yield family.head_bias_name, (config.vocab,)
 
     def _validate(self) -> None:
         tensors, expected = self.checkpoint.tensors, dict(self._expected())
+        passed = set(self.prediction_names())
         for name, shape in expected.items():
             if name not in tensors:
                 raise InputError(
@@ -226,7 +268,8 @@ class Model:
                 )
         for name in tensors:
             stored_head = name == self.family.head and self.config.tied
-            if name not in expected and not stored_head and not _RECOMPUTED.fullmatch(name):
+            known = stored_head or _RECOMPUTED.fullmatch(name) or name in passed
+            if name not in expected and not known:
                 raise InputError(
                     f"{tensors[name].file}: tensor {name!r} is not part of a "
                     f"{self.family.model_type} model with this config",

@@ -18,7 +18,8 @@ SHARED = {
 }
 
 
-def _shared(config: Config) -> Shapes:
+def shared_expert(config: Config) -> Shapes:
+    """The expert every token passes, and the gate in front of it."""
     hidden, width = config.hidden, config.integer("shared_expert_intermediate_size")
     return {
         SHARED["gate"]: (width, hidden),
@@ -75,7 +76,7 @@ FAMILY = Family(
         width_key="moe_intermediate_size",
         rule=qwen_rule,
         is_moe_layer=qwen_moe_layer,
-        shared=_shared,
+        shared=shared_expert,
     ),
     target=DenseTarget(("qwen2",), _from_dense, neutral_shared=SHARED),
 )

@@ -85,6 +85,7 @@ class LayerCollector:
         sampled: NDArray[np.int64],
     ) -> None:
         self.index, self.mode, self.sampled = index, mode, sampled
+        self.stock = facts.stock
         self.sums = [
             Sums(facts.count, facts.hidden, all_experts=mode == "all", gram=gram, device=device)
             for _ in sequences.domains
@@ -96,9 +97,9 @@ class LayerCollector:
 
     def attach(self, module: nn.Module) -> None:
         """Put the collector into a materialised layer."""
-        block: Any = module.get_submodule("mlp")
-        block.gate.register_forward_hook(self._see_logits)
-        block.experts = CollectingExperts(block.experts, self)
+        router, experts = self.stock.modules
+        module.get_submodule(router).register_forward_hook(self._see_logits)
+        module.set_submodule(experts, CollectingExperts(module.get_submodule(experts), self))
 
     def begin(self, batch: Batch) -> None:
         """Tell which batch comes next."""
@@ -166,6 +167,11 @@ class CollectingExperts(nn.Module):
 
     def output(self, expert: int, input_TD: torch.Tensor) -> torch.Tensor:
         """f_e of [T, D] inputs."""
+        if self.collector.stock.transposed:  # neither plain matrices nor a plain activation
+            index_T1 = torch.full((len(input_TD), 1), expert, device=input_TD.device)
+            ones_T1 = torch.ones(index_T1.shape, dtype=input_TD.dtype, device=input_TD.device)
+            found: torch.Tensor = self.stock(input_TD, index_T1, ones_T1)
+            return found
         gate_TF, up_TF = nn.functional.linear(input_TD, self.stock.gate_up_proj[expert]).chunk(
             2, -1
         )

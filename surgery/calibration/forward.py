@@ -232,6 +232,11 @@ class Head:
         name = model.family.embedding if model.config.tied else model.family.head
         region = model.whole(name)
         self.vocab = region.shape[0]
+        self.divisor = model.family.logits_divisor(model.config)
+        self.bias_V: torch.Tensor | None = None
+        if model.family.head_bias(model.config):
+            bias_V = reader.read(model.whole(model.family.head_bias_name))
+            self.bias_V = bias_V.to(device=device, dtype=torch.float32)
         self.weight_VD = torch.empty(region.shape, dtype=torch.float32, device=device)
         for start in range(0, self.vocab, EMBEDDING_ROWS):
             stop = min(start + EMBEDDING_ROWS, self.vocab)
@@ -239,7 +244,10 @@ class Head:
 
     def __call__(self, hidden_TD: torch.Tensor) -> torch.Tensor:
         """Float32 logits [T, V] of normalised states [T, D]; call it on blocks of tokens."""
-        return hidden_TD.to(self.weight_VD) @ self.weight_VD.T
+        logits_TV = hidden_TD.to(self.weight_VD) @ self.weight_VD.T
+        if self.bias_V is not None:
+            logits_TV = logits_TV + self.bias_V
+        return logits_TV if self.divisor == 1.0 else logits_TV / self.divisor
 
 
 def compute_device(name: str) -> torch.device:

@@ -9,13 +9,14 @@ dropped.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..architectures.layouts import FUSED
+from ..architectures.layouts import FUSED, ExpertLayout
 from ..architectures.model import Model
 from ..checkpoint.reader import TensorReader
 from ..checkpoint.region import Region
@@ -112,37 +113,41 @@ class StockModel:
         """A decoder layer with its weights, every parameter filled from the checkpoint."""
         facts = self.model.layers[index]
         module = copy.deepcopy(self._layers[index])
-        experts = facts.experts
-        special: dict[str, torch.Tensor] = {}
-        if experts is not None:
-            special[FUSED.router] = self._read(reader, experts.router)
-            special.update(self._experts(index, reader))
+        special: dict[str, torch.Tensor] = self._mixture(index, reader)
         for name, _ in [*module.named_parameters(), *module.named_buffers()]:
             if name not in special:
                 special[name] = self._read(reader, self.model.whole(facts.prefix + name))
         return fill(module, special, f"layer {index}")
 
-    def _experts(self, index: int, reader: TensorReader) -> dict[str, torch.Tensor]:
-        """The fused parameters of transformers, filled projection by projection."""
+    def _mixture(self, index: int, reader: TensorReader) -> dict[str, torch.Tensor]:
+        """The router's and the experts' parameters in the stock layout, filled part by part."""
         experts = self.model.layers[index].experts
         if experts is None:
             return {}
-        count, hidden, width = experts.count, experts.hidden, experts.width
-        gate_up_EFD = self._empty(count, 2 * width, hidden)
-        down_EDF = self._empty(count, hidden, width)
-        for expert in range(count):
-            gate_up_EFD[expert, :width].copy_(reader.read(experts.region(expert, "gate")))
-            gate_up_EFD[expert, width:].copy_(reader.read(experts.region(expert, "up")))
-            down_EDF[expert].copy_(reader.read(experts.region(expert, "down")))
-        return {FUSED.names["gate_up"]: gate_up_EFD, FUSED.names["down"]: down_EDF}
-
-    def _empty(self, *shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=self.dtype, device=self.device)
+        stock = dataclasses.replace(experts, layout=experts.stock, prefix="")
+        shapes = stock.layout.shapes(stock.count, stock.hidden, stock.width)
+        found: dict[str, torch.Tensor] = {}
+        for name, shape in shapes.items():
+            # Selection biases are small and stock keeps them in float32.
+            dtype = torch.float32 if name == stock.layout.correction else self.dtype
+            found[name] = torch.empty(shape, dtype=dtype, device=self.device)
+        for read, fill_in in zip(experts.routing, stock.routing, strict=True):
+            found[fill_in.tensor].view(read.shape).copy_(reader.read(read))
+        for expert in range(experts.count):
+            for part, read in experts.regions(expert).items():
+                to = stock.region(expert, part)
+                slot = found[to.tensor].view(-1)
+                slot.as_strided(to.shape, to.strides, to.offset).copy_(reader.read(read))
+        return found
 
     def final_norm(self, reader: TensorReader) -> nn.Module:
         """The norm after the last layer, with its weight."""
-        weight_D = self._read(reader, self.model.whole(self.model.family.final_norm))
-        return fill(copy.deepcopy(self._norm), {"weight": weight_D}, "final norm")
+        family = self.model.family
+        names = {"weight": family.final_norm}
+        if family.norm_bias:
+            names["bias"] = family.final_norm_bias
+        read = {leaf: self._read(reader, self.model.whole(name)) for leaf, name in names.items()}
+        return fill(copy.deepcopy(self._norm), read, "final norm")
 
     def _read(self, reader: TensorReader, region: Region) -> torch.Tensor:
         return reader.read(region).to(device=self.device, dtype=self.dtype)
@@ -175,7 +180,13 @@ def fill(module: nn.Module, tensors: Mapping[str, torch.Tensor], where: str) -> 
 
 
 def replace_experts(
-    module: nn.Module, router_ED: torch.Tensor, gate_up_EFD: torch.Tensor, down_EDF: torch.Tensor
+    module: nn.Module,
+    router_ED: torch.Tensor,
+    gate_up_EFD: torch.Tensor,
+    down_EDF: torch.Tensor,
+    *,
+    stock: ExpertLayout = FUSED,
+    correction_E: torch.Tensor | None = None,
 ) -> None:
     """Give a materialised MoE layer other experts, of any count, for methods that go layer by
     layer.
@@ -185,16 +196,31 @@ def replace_experts(
         router_ED: [E, D].
         gate_up_EFD: [E, 2 F, D], gate rows above up rows.
         down_EDF: [E, D, F].
+        stock: the family's names, ``Experts.stock``.
+        correction_E: [E], where the family has a selection bias.
+
+    Raises:
+        MoesurgError: the family has a selection bias and none is given, or the other way round, or its experts are
+        stored in another way than the arguments.
     """
-    block: Any = module.get_submodule("mlp")
-    for owner, name, tensor in (
-        (block.gate, "weight", router_ED),
-        (block.experts, "gate_up_proj", gate_up_EFD),
-        (block.experts, "down_proj", down_EDF),
-    ):
+    if stock.transposed or stock.router_bias or (correction_E is None) == bool(stock.correction):
+        raise MoesurgError(f"these are not all the parameters of a mixture like {stock.router}")
+    given = {
+        stock.router: router_ED,
+        stock.names["gate_up"]: gate_up_EFD,
+        stock.names["down"]: down_EDF,
+    }
+    if correction_E is not None:
+        rank = stock.correction_rank
+        given[stock.correction] = correction_E if rank == 1 else correction_E[None]
+    for path, tensor in given.items():
+        place, _, name = path.rpartition(".")
+        owner: Any = module.get_submodule(place)
         old = getattr(owner, name)
-        setattr(owner, name, nn.Parameter(tensor.to(old), requires_grad=False))
-        owner.num_experts = tensor.shape[0]
+        new = tensor.to(old)
+        parameter = isinstance(old, nn.Parameter)
+        setattr(owner, name, nn.Parameter(new, requires_grad=False) if parameter else new)
+        owner.num_experts = router_ED.shape[0]
 
 
 def _build(model: Model, dtype: torch.dtype) -> Any:
@@ -208,7 +234,10 @@ def _build(model: Model, dtype: torch.dtype) -> Any:
         config = config_class.from_dict(known)
         with torch.device("meta"):
             whole = model_class._from_config(
-                config, dtype=dtype, attn_implementation="sdpa", experts_implementation="eager"
+                config,
+                dtype=dtype,
+                attn_implementation=model.family.backend,
+                experts_implementation="eager",
             )
     except Exception as error:  # transformers validates configs with exceptions of many types
         raise InputError(f"{where}: transformers does not accept it ({error})") from error

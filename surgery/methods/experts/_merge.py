@@ -57,6 +57,12 @@ def plan_merge(
             hint=f"use --experts {model.rule.top_k} or more",
         )
     tied = router == "tied"
+    if model.rule.groups > 1 and not tied and experts != model.experts:
+        raise InputError(
+            f"{model.folder}: tokens select experts within {model.rule.groups} groups, and merging would move "
+            "experts from one group to another",
+            hint="--router tied keeps every expert's place",
+        )
     count = model.experts if tied else experts
     tensors: list[TensorSpec] = []
     units: list[Unit] = []
@@ -82,6 +88,12 @@ def plan_merge(
         moves = [(model.whole(name), [model.whole(name)]) for name in names]
         units.append(copy_unit(f"{label}.unchanged", moves, layer=index))
     notes = []
+    extra = model.prediction_names()
+    if extra:
+        notes.append(
+            f"{len(extra)} tensors of layers after the last, which predict further tokens, are kept as they "
+            "are; a loader that uses them needs all of the original experts in them"
+        )
     if tied:
         notes.append(
             f"the router keeps its {model.experts} rows, so every merged expert is written once for "
@@ -89,8 +101,8 @@ def plan_merge(
         )
     config = dict(model.config.raw)
     if model.family.moe is not None:
-        present = [key for key in model.family.moe.expert_keys if key in config]
-        for key in {*present, *model.family.moe.expert_keys}:
+        moe = model.family.moe
+        for key in (*moe.expert_keys, *(key for key in moe.other_keys if key in config)):
             config[key] = count
     unchanged = experts == model.experts
     exactness = (
@@ -129,21 +141,20 @@ def _output(layer: Layer, count: int) -> Experts:
 def _output_specs(model: Model, layer: Layer, count: int) -> list[TensorSpec]:
     experts = _mixture(layer)
     shapes = experts.layout.shapes(count, experts.hidden, experts.width)
-    stored = [model.dtype(experts.region(0, projection).tensor) for projection in PROJECTIONS]
-    kept = experts.layout.router
+    routing = {region.tensor for region in experts.routing}
+    dtypes = {region.tensor: model.dtype(region.tensor) for region in experts.regions(0).values()}
+    stored = model.dtype(experts.region(0, "gate").tensor)
     specs = []
     for name, shape in shapes.items():
-        if name == kept:
-            specs.append(TensorSpec(layer.prefix + name, model.dtype(layer.prefix + name), shape))
-        else:
-            specs.append(TensorSpec(layer.prefix + name, stored[0], shape))
+        full = layer.prefix + name
+        dtype = model.dtype(full) if full in routing else dtypes.get(full, stored)
+        specs.append(TensorSpec(full, dtype, shape))
     for expert in range(experts.count):
-        for projection in PROJECTIONS:
-            region = experts.region(expert, projection)
-            if model.dtype(region.tensor) != stored[0]:
+        for part, region in experts.regions(expert).items():
+            if part in PROJECTIONS and model.dtype(region.tensor) != stored:
                 raise InputError(
-                    f"{model.folder}: layer {layer.index}: expert {expert}'s {projection} is stored as "
-                    f"{model.dtype(region.tensor)}, others as {stored[0]}; experts of mixed types "
+                    f"{model.folder}: layer {layer.index}: expert {expert}'s {part} is stored as "
+                    f"{model.dtype(region.tensor)}, others as {stored}; experts of mixed types "
                     "cannot be averaged without choosing one"
                 )
     return specs
@@ -154,13 +165,16 @@ def _merge_units(layer: Layer, count: int, tied: bool, params: dict[str, Any]) -
     matrix, square = experts.hidden * experts.width, experts.width * experts.width
     # Reference and member in float32, sums in float64, and the assignment's scores twice.
     memory = 48 * matrix + 16 * square
+    if experts.layout.transposed:
+        # Reading gate or up brings in both, and strided parts wait for each other.
+        memory += 24 * matrix
     if params.get("rank"):
         memory += 24 * max(experts.hidden, experts.width) ** 2
     router = Unit(
         f"layer.{layer.index}.router",
         "transform",
         layer.index,
-        writes=(output.router,),
+        writes=tuple(output.routing),
         params={**params, "part": "router", "count": count, "tied": tied},
         memory=8 * experts.count * experts.hidden,
     )
@@ -198,8 +212,8 @@ def transform_merge(work: Work) -> dict[str, object]:
     tied = work.params["tied"]
     grouping = check(work.decision, experts.count, None if tied else output.count)
     if work.params["part"] == "router":
-        rows_ED = work.read(experts.router)
-        work.write(output.router, _router_rows(rows_ED, grouping, work.params["router"]))
+        for stored, written in zip(experts.routing, output.routing, strict=True):
+            work.write(written, _router_rows(work.read(stored), grouping, work.params["router"]))
         return {}
     slot_of = grouping.slot_of()
     metrics: dict[str, object] = {}
@@ -221,6 +235,7 @@ def _write(work: Work, output: Experts, slot: int, merged: dict[str, torch.Tenso
 
 
 def _router_rows(rows_ED: torch.Tensor, grouping: Grouping, router: str) -> torch.Tensor:
+    """One row a group, of the router's weight [E, D] or of a bias [E]."""
     import torch
 
     if router == "tied":
@@ -252,7 +267,7 @@ def _average(
     rank = work.params.get("rank")
     first = _read(work, experts, 0) if aligned else None
     sums: dict[str, torch.Tensor] = {}
-    squares = dict.fromkeys(PROJECTIONS, 0.0)
+    squares = dict.fromkeys(experts.layout.parts, 0.0)
     grams: dict[str, torch.Tensor] = {}
     matching: list[dict[str, float]] = []
     for member, weight in zip(members, weights, strict=True):
@@ -260,11 +275,7 @@ def _average(
         if first is not None and member != 0:
             found = align(_triple(first), _triple(matrices))
             matching.append({"expert": member, "before": found.before, "after": found.after})
-            matrices = {
-                "gate": matrices["gate"][found.order_F],
-                "up": matrices["up"][found.order_F],
-                "down": matrices["down"][:, found.order_F],
-            }
+            matrices = _reordered(matrices, found.order_F)
         for projection, matrix in matrices.items():
             wide = matrix.double()
             squares[projection] += weight * float(torch.linalg.vector_norm(wide)) ** 2
@@ -272,7 +283,7 @@ def _average(
                 sums[projection].add_(wide, alpha=weight)
             else:
                 sums[projection] = wide * weight
-            if rank:
+            if rank and projection in PROJECTIONS:
                 gram = wide @ wide.T
                 grams[projection] = grams[projection] + gram if projection in grams else gram
     metrics: dict[str, object] = {"members": list(members), "weights": list(weights)}
@@ -282,7 +293,7 @@ def _average(
     for projection, mean in sums.items():
         variance = squares[projection] - float(torch.linalg.vector_norm(mean)) ** 2
         spread[projection] = (max(0.0, variance) / max(squares[projection], 1e-300)) ** 0.5
-        if rank:
+        if rank and projection in PROJECTIONS:
             basis_OR = leading_left(grams[projection], rank)
             projected = basis_OR @ (basis_OR.T @ mean)
             lost = float((projected - mean).norm() / mean.norm().clamp_min(1e-300))
@@ -296,6 +307,15 @@ def _average(
 
 def _read(work: Work, experts: Experts, expert: int) -> dict[str, torch.Tensor]:
     return {projection: work.read(region) for projection, region in experts.regions(expert).items()}
+
+
+def _reordered(matrices: dict[str, torch.Tensor], order_F: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The same expert with its neurons in another order; the bias of down belongs to none of them."""
+    found = {part: matrix[order_F] for part, matrix in matrices.items() if "down" not in part}
+    found["down"] = matrices["down"][:, order_F]
+    if "down_bias" in matrices:
+        found["down_bias"] = matrices["down_bias"]
+    return found
 
 
 def _triple(

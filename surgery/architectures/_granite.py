@@ -1,0 +1,50 @@
+"""Facts that the Granite mixtures share. Not a family of its own."""
+
+from .base import RouterRule, attention_shapes
+from .config import Config
+from .layouts import ExpertLayout, fused
+
+HUB = ExpertLayout(
+    "fused",
+    "block_sparse_moe.router.layer.weight",
+    {
+        "gate_up": "block_sparse_moe.input_linear.weight",
+        "down": "block_sparse_moe.output_linear.weight",
+    },
+)
+STOCK = fused("block_sparse_moe.router.weight", "block_sparse_moe.experts")
+
+DEFAULTS: dict[str, object] = {
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 2048,
+    "rope_theta": 10000.0,
+    "attention_bias": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "embedding_multiplier": 1.0,
+    "logits_scaling": 1.0,
+    "residual_multiplier": 1.0,
+    "attention_multiplier": 1.0,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+}
+
+
+def granite_attention(config: Config) -> dict[str, tuple[int, ...]]:
+    biased = config.flag("attention_bias")
+    return attention_shapes(config, qkv_bias=biased, output_bias=biased)
+
+
+def granite_rule(config: Config) -> RouterRule:
+    """The largest logits, and the softmax of those alone."""
+    return RouterRule(
+        "selected-softmax",
+        config.integer("num_experts_per_tok"),
+        renormalise=False,
+        cast_weights=True,
+    )
+
+
+def logits_divisor(config: Config) -> float:
+    return config.number("logits_scaling", 1.0)

@@ -1,0 +1,96 @@
+"""ERNIE-4.5: softmax router with a selection bias stored as [1, E], shared experts, some layers dense.
+
+What the checkpoint holds for predicting further tokens (``mtp``) stock classes leave aside; it is passed through.
+"""
+
+from ..errors import InputError
+from .base import Family, MoE, RouterRule, Shapes, attention_shapes
+from .config import Config
+from .layouts import fused, per_expert
+
+CORRECTION = "moe_statics.e_score_correction_bias"
+STOCK = fused(correction=f"mlp.gate.{CORRECTION}", correction_rank=2)
+
+
+def _rule(config: Config) -> RouterRule:
+    return RouterRule(
+        "softmax",
+        config.integer("moe_k"),
+        renormalise=True,
+        cast_weights=True,
+        least_sum=config.number("moe_norm_min", 1e-12),
+    )
+
+
+def _count(config: Config, key: str) -> int:
+    value = config.get(key)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise InputError(f"{config.where}: {key} should be an integer, is {value!r}")
+    return value
+
+
+def _is_moe_layer(config: Config, layer: int) -> bool:
+    last = _count(config, "moe_layer_end_index")
+    if last == -1:
+        last = config.layers - 1
+    within = _count(config, "moe_layer_start_index") <= layer <= last
+    return within and (layer + 1) % config.integer("moe_layer_interval") == 0
+
+
+def _shared(config: Config) -> Shapes:
+    count = _count(config, "moe_num_shared_experts")
+    if count == 0:
+        return {}
+    width, hidden = count * config.integer("moe_intermediate_size"), config.hidden
+    found: dict[str, tuple[int, ...]] = {}
+    for leaf, outputs, inputs in (
+        ("gate_proj", width, hidden),
+        ("up_proj", width, hidden),
+        ("down_proj", hidden, width),
+    ):
+        found[f"mlp.shared_experts.{leaf}.weight"] = (outputs, inputs)
+        if config.flag("use_bias"):
+            found[f"mlp.shared_experts.{leaf}.bias"] = (outputs,)
+    return found
+
+
+FAMILY = Family(
+    model_type="ernie4_5_moe",
+    class_name="Ernie4_5_MoeForCausalLM",
+    attention=lambda config: attention_shapes(
+        config, qkv_bias=config.flag("use_bias"), output_bias=config.flag("use_bias")
+    ),
+    dense_biases=lambda config: config.flag("use_bias"),
+    defaults={
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 131072,
+        "rope_theta": 500000.0,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": True,
+        "use_bias": False,
+        "moe_intermediate_size": 1536,
+        "moe_k": 6,
+        "moe_num_experts": 64,
+        "moe_num_shared_experts": 2,
+        "moe_layer_start_index": 1,
+        "moe_layer_end_index": -1,
+        "moe_layer_interval": 1,
+        "moe_norm_min": 1e-12,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+    moe=MoE(
+        layouts=(per_expert(correction=f"mlp.{CORRECTION}", correction_rank=2), STOCK),
+        expert_keys=("moe_num_experts",),
+        other_keys=("num_experts",),
+        width_key="moe_intermediate_size",
+        rule=_rule,
+        is_moe_layer=_is_moe_layer,
+        shared=_shared,
+        stock=STOCK,
+    ),
+    head_bias=lambda config: config.flag("use_bias"),
+    prediction_prefixes=("model.mtp_", "mtp_"),
+)
