@@ -10,7 +10,7 @@ from types import ModuleType
 from ..errors import UsageError
 from .base import Method
 
-FOLDERS = {"upcycle": ("upcycle",), "merge": ("experts",)}
+FOLDERS = {"upcycle": ("upcycle",), "merge": ("experts",), "prune": ("prune",)}
 """Which folders hold the methods of a command."""
 
 
@@ -59,4 +59,6 @@ def _method(command: str, name: str, module: ModuleType) -> Method:
         transform=module.transform,
         decide=getattr(module, "decide", None),
         description=(module.__doc__ or "").strip(),
+        decide_from_weights=getattr(module, "decide_from_weights", None),
+        input_rows=getattr(module, "input_rows", None),
     )
