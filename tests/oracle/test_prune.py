@@ -370,10 +370,13 @@ def test_random_depends_on_the_seed(checkpoint: Checkpoint, tmp_path: Path) -> N
 # HOPE
 
 
-def test_hope_finds_the_best_set_of_the_statistics(checkpoint: Checkpoint, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mean", ["shared", "all"])
+def test_hope_finds_the_best_set_of_the_statistics(
+    checkpoint: Checkpoint, tmp_path: Path, mean: str
+) -> None:
     source = checkpoint("qwen3_moe")
     found = statistics(source, tmp_path / "stats")
-    given = {"calibration": tmp_path / "stats"}
+    given = {"calibration": tmp_path / "stats", "mean": mean}
     operate("prune", "hope", source, tmp_path / "out", experts=4, **given)
     for index, decided in decisions(tmp_path / "out").items():
         layer = found.layer(int(index))
@@ -382,7 +385,7 @@ def test_hope_finds_the_best_set_of_the_statistics(checkpoint: Checkpoint, tmp_p
         assert (pairs <= np.minimum(count[:, None], count[None, :])).all()
         assert (pairs >= np.maximum(0, count[:, None] + count[None, :] - layer.tokens)).all()
         np.testing.assert_array_equal(pairs.diagonal(), count)
-        matrix = hope.interaction(layer)
+        matrix = hope.interaction(layer, shared=mean == "shared")
         values = {s: hope.objective(matrix, s) for s in subsets(candidates(8, 4))}
         dropped = tuple(expert for expert in range(8) if expert not in decided["kept"])
         assert decided["exact"]

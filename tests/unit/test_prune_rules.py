@@ -269,6 +269,15 @@ def test_interactions_are_means_over_shared_tokens() -> None:
     np.testing.assert_array_equal(hope.interaction(layer(2)), np.zeros((2, 2)))
 
 
+def test_averaged_over_all_tokens_the_objective_is_a_mean_square() -> None:
+    activation_TE = interactions(6, 3)[:, :6]
+    stats = layer(6, pair_activation_EE=activation_TE.T @ activation_TE)
+    matrix = hope.interaction(stats, shared=False)
+    for dropped in ((0,), (1, 4), (0, 2, 3, 5)):
+        square = (activation_TE[:, dropped].sum(axis=1) ** 2).sum() / stats.tokens
+        assert hope.objective(matrix, dropped) == pytest.approx(square)
+
+
 # NAEE
 
 
