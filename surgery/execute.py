@@ -64,7 +64,7 @@ class Runner:
         """
         unit = self._units[unit_id]
         for move in unit.moves:
-            self._copy(move.read, move.writes)
+            self.copy(move.read, move.writes)
         if unit.kind == "copy":
             return {}
         import torch
@@ -83,7 +83,8 @@ class Runner:
             metrics = {**metrics, "cast_error": max(work.casts.values())}
         return metrics
 
-    def _copy(self, read: Region, writes: Sequence[Region]) -> None:
+    def copy(self, read: Region, writes: Sequence[Region]) -> None:
+        """Move the bytes of a contiguous region to contiguous regions of the same size."""
         info = self.readers[read.source].info(read.tensor)
         size = element_bytes(info.dtype)
         first, count = read.span()
@@ -170,6 +171,24 @@ class Work:
             self.casts[region.tensor] = max(self.casts.get(region.tensor, 0.0), error)
         self._put(region, cast)
         self._written.add(region)
+
+    def copy(self, read: Region, write: Region) -> None:
+        """Move a contiguous region's bytes unchanged, for what is kept only after a decision.
+
+        Raises:
+            MoesurgError: not a region of this unit, or another type or size.
+        """
+        stored = self._runner.readers[read.source].info(read.tensor)
+        if (
+            write not in self.unit.writes
+            or self._runner.specs[write.tensor].dtype != stored.dtype
+            or read.count != write.count
+        ):
+            raise MoesurgError(
+                f"unit {self.unit.id}: copies {read} to {write}, which is not planned"
+            )
+        self._runner.copy(read, [write])
+        self._written.add(write)
 
     def finish(self) -> None:
         """Check that all planned regions were written."""

@@ -20,7 +20,7 @@ from .checkpoint.layout import index_json, lay_out
 from .checkpoint.reader import INDEX
 from .checkpoint.writer import Hasher, ShardWriter
 from .digests import Digests, file_marks, header_digest, weight_files
-from .errors import RefusedError, UsageError
+from .errors import MoesurgError, RefusedError, UsageError
 from .execute import PLAN_FILE, Runner
 from .executors.base import Executor, choose_workers, memory_budget
 from .executors.pool import PoolExecutor
@@ -31,6 +31,7 @@ from .outputs import carried_files, config_bytes, output_record, sources_record
 from .plan import Plan, Unit, validate
 from .progress import Progress, Stop, stoppable
 from .report import card, record
+from .weights import Weights
 
 DISK_MARGIN = 64 << 20
 """Bytes left free beyond what is planned: index, report, directory blocks."""
@@ -194,6 +195,9 @@ class _Job:
                 seq_len=self.request.seq_len,
                 mode=self.method.info.data,
                 device=self.request.device,
+                inputs=0
+                if self.method.input_rows is None
+                else self.method.input_rows(self.options),
             )
         identity = self._identity()
         self.fingerprint = fingerprint_digest(identity)
@@ -248,18 +252,32 @@ class _Job:
 
     def _decide(self, staging: Staging) -> dict[str, Any] | None:
         """The method's decisions; a resumed run takes those that were journalled."""
-        if self.method.decide is None or self.statistics is None:
+        method = self.method
+        if method.decide_from_weights is None and (
+            method.decide is None or self.statistics is None
+        ):
             return None
-        from .calibration.run import describe
-
         kept = staging.finished.get("decision")
         if kept is None:
-            found = self.statistics.load(staging, self.progress, self.stop)
-            decided = self.method.decide(self.models[0], self.options, found, self.plan.seed)
-            kept = {"layers": decided, "statistics": describe(found)}
+            found = described = None
+            if self.statistics is not None:
+                from .calibration.run import describe
+
+                found = self.statistics.load(staging, self.progress, self.stop)
+                described = describe(found)
+            kept = {"layers": self._decided(found), "statistics": described}
             staging.record("decision", kept)
             staging.flush(lambda: None)
         return kept
+
+    def _decided(self, statistics: Any) -> dict[str, Any]:
+        method, model, seed = self.method, self.models[0], self.plan.seed
+        if method.decide_from_weights is not None:
+            with Weights(self.models, self.progress, self.stop) as weights:
+                return method.decide_from_weights(model, self.options, statistics, weights, seed)
+        if method.decide is None:
+            raise MoesurgError(f"method {method.name} decides nothing")
+        return method.decide(model, self.options, statistics, seed)
 
     def _execute(
         self, staging: Staging, decision: dict[str, Any] | None

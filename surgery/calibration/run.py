@@ -46,15 +46,20 @@ def statistics_source(
     seq_len: int,
     mode: DataNeed,
     device: str,
+    inputs: int = 0,
 ) -> StatisticsSource:
     """A folder's statistics if one is given, otherwise statistics of ``data`` or the built-in text.
+
+    Args:
+        inputs: rows of each mixture's input to keep, or all where the text has fewer tokens; a folder
+            must hold some, if any are asked for.
 
     Raises:
         InputError: a folder of another model or without what the method needs, or unusable text.
     """
     if calibration is None:
-        return _Fresh(model, data, tokens, seq_len, mode, device)
-    return _Given(model, calibration, mode)
+        return _Fresh(model, data, tokens, seq_len, mode, device, inputs)
+    return _Given(model, calibration, mode, inputs)
 
 
 def describe(statistics: Statistics) -> dict[str, Any]:
@@ -73,7 +78,7 @@ def describe(statistics: Statistics) -> dict[str, Any]:
 class _Given:
     """Statistics that ``moesurg calibrate`` made."""
 
-    def __init__(self, model: Model, folder: Path, mode: DataNeed) -> None:
+    def __init__(self, model: Model, folder: Path, mode: DataNeed, inputs: int) -> None:
         self._folder = folder
         self._statistics = Statistics.open(folder)
         self._statistics.check_model(model)
@@ -82,6 +87,8 @@ class _Given:
                 f"{folder}: the method needs all-expert statistics, these are of routed experts only",
                 hint="rerun calibrate without --routed-only",
             )
+        if inputs:
+            self._statistics.inputs(self._statistics.layers[0])
         self.identity: dict[str, Any] = {"folder": self._statistics.digest}
 
     def load(self, staging: Staging, progress: Progress, stop: Stop) -> Statistics:
@@ -105,8 +112,10 @@ class _Fresh:
         seq_len: int,
         mode: DataNeed,
         device: str,
+        inputs: int,
     ) -> None:
         self._model, self._data, self._device = model, data, device
+        self._inputs = inputs
         self._mode = "all" if mode == "all-expert" else "routed"
         self._tokens, self._seq_len = tokens, seq_len
         self._corpus = read_corpus(data)
@@ -116,6 +125,7 @@ class _Fresh:
             "seq_len": seq_len,
             "mode": self._mode,
             "device": device,
+            **({"inputs": inputs} if inputs else {}),
         }
 
     def load(self, staging: Staging, progress: Progress, stop: Stop) -> Statistics:
@@ -132,6 +142,7 @@ class _Fresh:
             stop,
             mode=self._mode,
             device=self._device,
+            inputs=min(self._inputs, sequences.total),
         )
         for name, data in files.items():
             staging.write_file(name, data)

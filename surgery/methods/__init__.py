@@ -13,7 +13,7 @@ from ..errors import UsageError
 if TYPE_CHECKING:
     from .base import Method
 
-FOLDERS = {"upcycle": ("upcycle",), "merge": ("experts",)}
+FOLDERS = {"upcycle": ("upcycle",), "merge": ("experts",), "prune": ("prune",)}
 """Which folders hold the methods of a command."""
 
 
@@ -65,4 +65,6 @@ def _method(command: str, name: str, module: ModuleType) -> Method:
         transform=module.transform,
         decide=getattr(module, "decide", None),
         description=(module.__doc__ or "").strip(),
+        decide_from_weights=getattr(module, "decide_from_weights", None),
+        input_rows=getattr(module, "input_rows", None),
     )

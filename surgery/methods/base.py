@@ -2,7 +2,9 @@
 
 A method module holds ``INFO``, a frozen dataclass ``Options`` (its fields become command-line options), and
 three functions: ``plan`` (headers to a draft, no torch), optionally ``decide`` (statistics to decisions, once,
-before any weight is transformed) and ``transform`` (one unit of work).
+before any weight is transformed) and ``transform`` (one unit of work). A method that has to see weights before it
+can decide has ``decide_from_weights`` instead of ``decide``; one that needs sampled inputs of the mixtures says
+how many in ``input_rows``.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from ..architectures.model import Model
     from ..calibration.statistics import Statistics
     from ..execute import Work
+    from ..weights import Weights
 
 DataNeed = Literal["none", "routed", "all-expert"]
 Tier = Literal["stock", "padded", "custom"]
@@ -103,6 +106,10 @@ class Method:
     transform: Callable[[Work], dict[str, object]]
     decide: Callable[[Model, Any, Statistics, int], dict[str, Any]] | None
     description: str
+    decide_from_weights: (
+        Callable[[Model, Any, Statistics | None, Weights, int], dict[str, Any]] | None
+    ) = None
+    input_rows: Callable[[Any], int] | None = None
 
     def parse(self, values: Mapping[str, object]) -> Any:
         """Options from values by field name; fields left out take their defaults."""

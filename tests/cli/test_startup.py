@@ -45,6 +45,7 @@ def probe(*arguments: str) -> tuple[int, set[str], float]:
         ["upcycle", "--help"],
         ["merge", "--help"],
         ["merge", "--method", "sub-moe", "--help"],
+        ["prune", "--method", "naee", "--help"],
         ["calibrate", "--help"],
         ["inspect", "--help"],
         ["eval", "--help"],
@@ -74,7 +75,8 @@ def test_inspecting_and_planning_read_headers_without_torch(
 ) -> None:
     folder = str(checkpoint("qwen3_moe"))
     plan = ["merge", folder, "--method", "m-smoe", "--experts", "4", "--dry-run"]
-    for arguments in (["inspect", folder], plan):
+    prune = ["prune", folder, "--method", "naee", "--experts", "4", "--dry-run"]
+    for arguments in (["inspect", folder], plan, prune):
         code, modules, _ = probe(*arguments)
         assert code == 0
         assert modules.isdisjoint({"torch", "transformers"})

@@ -23,6 +23,7 @@ Checkpoint = Callable[..., Path]
 SOURCES = {
     "upcycle": ("llama", {"dtype": "bfloat16"}),
     "merge": ("qwen3_moe", {"dtype": "bfloat16"}),
+    "prune": ("qwen3_moe", {"dtype": "bfloat16"}),
 }
 """A source that every method of a command takes."""
 

@@ -1,0 +1,178 @@
+"""The machinery all pruning methods share: the plan of a mixture with fewer experts, and its bytes.
+
+A method decides which experts of every layer stay. Their tensors, their rows of the router and their entries of
+anything else that counts experts are moved byte for byte, in their original order; the config's counts change,
+and nothing else does. For a softmax router the result is the original with the dropped experts' logits at minus
+infinity before the softmax: where weights are not renormalised, those of the kept experts grow. Filling a router
+row with large negative numbers is no such mask, since the sign of its logit depends on the input.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ...architectures.base import PROJECTIONS
+from ...checkpoint.layout import TensorSpec
+from ...checkpoint.region import Region
+from ...errors import InputError, MoesurgError
+from ...plan import Unit, copy_unit
+from ..base import Draft, Exactness, required
+from ._keep import check_counts, groups_of
+
+if TYPE_CHECKING:
+    from ...architectures.model import Experts, Layer, Model
+    from ...execute import Work
+
+
+@dataclasses.dataclass(frozen=True)
+class CountOptions:
+    """What the user chooses, of a method that sees no text."""
+
+    experts: int = required("experts to keep in every layer")
+
+
+def plan_prune(models: Sequence[Model], experts: int) -> Draft:
+    """A checkpoint with ``experts`` of the original experts in every layer.
+
+    Raises:
+        InputError: not one MoE, or a count its router cannot work with.
+    """
+    if len(models) != 1:
+        raise InputError(f"pruning experts takes one mixture of experts, {len(models)} were given")
+    model = models[0]
+    if not model.is_moe or not model.moe_layers:
+        raise InputError(
+            f"{model.folder}: {model.family.model_type} has no experts to prune",
+            hint="grow experts first: moesurg upcycle",
+        )
+    check_counts(
+        model.experts, experts, model.rule.top_k, groups_of(model), where=str(model.folder)
+    )
+    tensors: list[TensorSpec] = []
+    units: list[Unit] = []
+    mixtures = {name: layer for layer in model.moe_layers for name in mixture(layer).names}
+    owner = {name: layer.index for layer in model.layers for name in layer.names}
+    planned: set[int] = set()
+    passing: dict[int | None, list[str]] = {}
+    for name in model.names():
+        if name not in mixtures:
+            shape = model.checkpoint.tensors[name].shape
+            tensors.append(TensorSpec(name, model.dtype(name), shape))
+            passing.setdefault(owner.get(name), []).append(name)
+            continue
+        layer = mixtures[name]
+        if layer.index not in planned:
+            planned.add(layer.index)
+            tensors.extend(_specs(model, layer, experts))
+            units.extend(_units(layer, experts))
+    for index, names in passing.items():
+        label = "outer" if index is None else f"layer.{index}"
+        moves = [(model.whole(name), [model.whole(name)]) for name in names]
+        units.append(copy_unit(f"{label}.unchanged", moves, layer=index))
+    units.sort(key=lambda unit: (unit.layer is None, unit.layer or 0))
+    config = dict(model.config.raw)
+    if model.family.moe is not None:
+        config |= dict.fromkeys(model.family.moe.expert_keys, experts)
+    exactness = (
+        Exactness("bitwise", "every expert is kept")
+        if experts == model.experts
+        else Exactness("approximate", "tokens of dropped experts go to others")
+    )
+    notes = []
+    if model.experts % 8 == 0 and experts % 8:
+        notes.append(
+            f"{experts} experts divide by fewer devices than {model.experts}: expert-parallel serving "
+            "often wants a multiple of 8"
+        )
+    return Draft(config, tensors, units, exactness, notes=notes)
+
+
+def transform_prune(work: Work) -> dict[str, object]:
+    """Move the kept experts, or what counts experts, to their places."""
+    experts = mixture(work.model.layers[work.layer])
+    output = dataclasses.replace(experts, count=work.params["count"])
+    kept = kept_experts(work.decision, experts.count, output.count)
+    if work.params["part"] == "router":
+        for name in _counting(output):
+            sources, targets = _stripes(experts, name), _stripes(output, name)
+            for slot, expert in enumerate(kept):
+                work.copy(sources[expert], targets[slot])
+        return {}
+    slot = work.params["slot"]
+    for projection in PROJECTIONS:
+        work.copy(experts.region(kept[slot], projection), output.region(slot, projection))
+    return {"expert": kept[slot]}
+
+
+def kept_experts(decision: Any, experts: int, count: int) -> list[int]:
+    """The keep list of a layer's decision, with its invariants checked."""
+    kept = [int(expert) for expert in decision["kept"]]
+    if kept != sorted(set(kept)) or len(kept) != count or not set(kept) <= set(range(experts)):
+        raise MoesurgError(f"planned to keep {count} of {experts} experts, decided on {kept}")
+    return kept
+
+
+def mixture(layer: Layer) -> Experts:
+    """The experts of a layer that has some."""
+    if layer.experts is None:
+        raise InputError(f"layer {layer.index} has no experts")
+    return layer.experts
+
+
+def _specs(model: Model, layer: Layer, count: int) -> Iterator[TensorSpec]:
+    experts = mixture(layer)
+    for projection in PROJECTIONS:
+        kinds = [
+            model.dtype(experts.region(expert, projection).tensor)
+            for expert in range(experts.count)
+        ]
+        for expert, kind in enumerate(kinds):
+            if kind != kinds[0]:
+                raise InputError(
+                    f"{model.folder}: layer {layer.index}: expert {expert}'s {projection} is stored as "
+                    f"{kind}, expert 0's as {kinds[0]}; which of them stay is not known in advance, so "
+                    "their types must be the same"
+                )
+    for name, shape in experts.layout.shapes(count, experts.hidden, experts.width).items():
+        yield TensorSpec(experts.prefix + name, model.dtype(experts.prefix + name), shape)
+
+
+def _units(layer: Layer, count: int) -> Iterator[Unit]:
+    output = dataclasses.replace(mixture(layer), count=count)
+    yield Unit(
+        f"layer.{layer.index}.router",
+        "transform",
+        layer.index,
+        writes=tuple(stripe for name in _counting(output) for stripe in _stripes(output, name)),
+        params={"part": "router", "count": count},
+    )
+    for slot in range(count):
+        yield Unit(
+            f"layer.{layer.index}.expert.{slot}",
+            "transform",
+            layer.index,
+            writes=tuple(output.regions(slot).values()),
+            params={"part": "expert", "slot": slot, "count": count},
+        )
+
+
+def _counting(experts: Experts) -> list[str]:
+    """The tensors of a mixture, below its prefix, that are no expert's projections: the router's."""
+    stored = {
+        region.tensor
+        for expert in range(experts.count)
+        for region in experts.regions(expert).values()
+    }
+    names = experts.layout.shapes(experts.count, experts.hidden, experts.width)
+    return [name for name in names if experts.prefix + name not in stored]
+
+
+def _stripes(experts: Experts, name: str) -> list[Region]:
+    """Each expert's entries of a tensor that has experts along its first dimension."""
+    shape = experts.layout.shapes(experts.count, experts.hidden, experts.width)[name]
+    if shape[0] != experts.count:
+        raise MoesurgError(f"{experts.prefix + name}: its first dimension does not count experts")
+    whole = Region(experts.prefix + name, shape)
+    return [whole.rows(expert, expert + 1) for expert in range(experts.count)]
