@@ -46,6 +46,7 @@ class MethodInfo:
         inputs: what it takes, in words.
         data: statistics it needs.
         tier: how its output loads.
+        sample: rows of each mixture's input that the statistics must hold, whatever the options say.
     """
 
     summary: str
@@ -53,6 +54,7 @@ class MethodInfo:
     inputs: str
     data: DataNeed
     tier: Tier = "stock"
+    sample: int = 0
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class Draft:
         exactness: predicted relation to the first source.
         tier: how the output loads.
         notes: sentences for plan and report.
+        sample: rows of each mixture's input that these options need; ``work.inputs()`` gives them.
     """
 
     config: dict[str, object]
@@ -89,6 +92,7 @@ class Draft:
     exactness: Exactness
     tier: Tier = "stock"
     notes: Sequence[str] = ()
+    sample: int = 0
 
 
 @dataclass(frozen=True)
