@@ -10,8 +10,9 @@ Retraining-Free Merging of Sparse MoE via Hierarchical Clustering (arXiv:2410.08
    averaged uniformly. (The published code divides zero by a small number and writes an expert of zeros.)
 
 ``--basis`` clusters by something else: ``logits`` (columns of raw router logits over all tokens), ``rows`` (the
-router's rows) or ``weights`` (all weights of an expert, flattened as they lie). Neurons are not aligned, as in the
-paper; ``--align weight`` matches them to those of the cluster's most used member before averaging.
+router's rows) or ``weights`` (all weights of an expert, flattened as they lie); statistics are all-expert in every
+case. Neurons are not aligned, as in the paper; ``--align weight`` matches them to those of the cluster's most used
+member before averaging.
 
 The paper leaves the router as it is and points several rows at one expert: that is ``--router tied``. The default,
 ``keep``, writes the row of each cluster's most used member and a folder that is really smaller.

@@ -72,6 +72,10 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
         )
     if options.rank is not None and options.rank < 1:
         raise UsageError(f"--rank should be at least 1, is {options.rank}")
+    if options.rank is not None and options.reconstruct:
+        raise UsageError(
+            "--rank and --reconstruct exclude each other: solved down projections have full rank"
+        )
     params = {"router": options.router, "rank": options.rank}
     return plan_merge(
         models,
