@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from ...architectures.routing import route
 from ...checkpoint.dtypes import torch_dtype
+from ...errors import InputError
 
 if TYPE_CHECKING:
     import torch
@@ -43,8 +44,19 @@ def hidden(
 
 
 def stored(model: Model, region: Region, matrix: torch.Tensor) -> torch.Tensor:
-    """A matrix in the type of a source region, which outputs keep: what a loader of the output will compute with."""
-    return matrix.to(torch_dtype(model.dtype(region.tensor)))
+    """A matrix in the type of a source region, which outputs keep: what a loader of the output will compute with.
+
+    Raises:
+        InputError: it is not finite in that type.
+    """
+    kind = model.dtype(region.tensor)
+    cast = matrix.to(torch_dtype(kind))
+    if not bool(cast.isfinite().all()):
+        raise InputError(
+            f"{model.folder}: what is merged from {region.tensor!r} and others is not finite in {kind}",
+            hint="the input holds values too large for its type to be averaged",
+        )
+    return cast
 
 
 def gates(model: Model, rows_ND: torch.Tensor, router_ED: torch.Tensor) -> torch.Tensor:
