@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from .calibration.statistics import Statistics
+
 PLAN_FILE = "plan.json"
 
 
@@ -42,6 +44,7 @@ class Runner:
         shards = lay_out(plan.tensors, max_shard_bytes=plan.max_shard_bytes)
         self.writer = ShardWriter(folder, shards, create=False)
         self.method = load(plan.command, plan.method)
+        self._folder = folder
         self._buffer = bytearray(COPY_BUFFER)
         self._units = {unit.id: unit for unit in plan.units}
 
@@ -50,6 +53,15 @@ class Runner:
         """A runner in a worker process, from the staged plan."""
         plan = Plan.from_json((folder / PLAN_FILE).read_text())
         return cls(plan, folder, [Model.open(Path(source)) for source in plan.sources])
+
+    @cached_property
+    def statistics(self) -> Statistics:
+        """The run's statistics, opened by this process when a unit first asks for their rows."""
+        from .calibration.statistics import Statistics
+
+        if not self.plan.statistics:
+            raise MoesurgError(f"method {self.plan.method} asked for statistics it did not plan")
+        return Statistics.open(self._folder / self.plan.statistics)
 
     def close(self) -> None:
         for reader in self.readers:
@@ -141,6 +153,17 @@ class Work:
 
         stored = self._runner.readers[region.source].read(region)
         return stored if stored.dtype == torch.float64 else stored.float()
+
+    def inputs(self) -> torch.Tensor:
+        """Sampled inputs of the layer's mixture [N, D], float32: the rows the plan asked for by ``sample``.
+
+        Raises:
+            InputError: the statistics hold none.
+        """
+        import torch
+
+        rows_ND, _ = self._runner.statistics.inputs(self.layer)
+        return torch.from_numpy(rows_ND.copy())
 
     def write(self, region: Region, tensor: torch.Tensor) -> None:
         """Cast once to the planned type and write.

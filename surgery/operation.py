@@ -195,10 +195,9 @@ class _Job:
                 seq_len=self.request.seq_len,
                 mode=self.method.info.data,
                 device=self.request.device,
-                inputs=0
-                if self.method.input_rows is None
-                else self.method.input_rows(self.options),
+                sample=max(self.method.info.sample, self.draft.sample),
             )
+            self.plan = dataclasses.replace(self.plan, statistics=self.statistics.place)
         identity = self._identity()
         self.fingerprint = fingerprint_digest(identity)
         protected = [model.folder for model in self.models]

@@ -26,6 +26,8 @@ class StatisticsSource(Protocol):
 
     identity: dict[str, Any]
     """What decides them, for the run's fingerprint."""
+    place: str
+    """Their folder: absolute, or relative to the run's staging folder."""
 
     def load(self, staging: Staging, progress: Progress, stop: Stop) -> Statistics:
         """The statistics, collected now if need be."""
@@ -46,20 +48,19 @@ def statistics_source(
     seq_len: int,
     mode: DataNeed,
     device: str,
-    inputs: int = 0,
+    sample: int = 0,
 ) -> StatisticsSource:
     """A folder's statistics if one is given, otherwise statistics of ``data`` or the built-in text.
 
     Args:
-        inputs: rows of each mixture's input to keep, or all where the text has fewer tokens; a folder
-            must hold some, if any are asked for.
+        sample: rows of each mixture's input that they must hold; every token's if the text has fewer.
 
     Raises:
         InputError: a folder of another model or without what the method needs, or unusable text.
     """
     if calibration is None:
-        return _Fresh(model, data, tokens, seq_len, mode, device, inputs)
-    return _Given(model, calibration, mode, inputs)
+        return _Fresh(model, data, tokens, seq_len, mode, device, sample)
+    return _Given(model, calibration, mode, sample)
 
 
 def describe(statistics: Statistics) -> dict[str, Any]:
@@ -78,7 +79,7 @@ def describe(statistics: Statistics) -> dict[str, Any]:
 class _Given:
     """Statistics that ``moesurg calibrate`` made."""
 
-    def __init__(self, model: Model, folder: Path, mode: DataNeed, inputs: int) -> None:
+    def __init__(self, model: Model, folder: Path, mode: DataNeed, sample: int) -> None:
         self._folder = folder
         self._statistics = Statistics.open(folder)
         self._statistics.check_model(model)
@@ -87,9 +88,23 @@ class _Given:
                 f"{folder}: the method needs all-expert statistics, these are of routed experts only",
                 hint="rerun calibrate without --routed-only",
             )
-        if inputs:
-            self._statistics.inputs(self._statistics.layers[0])
+        if sample:
+            self._check_sample(model, sample)
         self.identity: dict[str, Any] = {"folder": self._statistics.digest}
+        self.place = str(folder.absolute())
+
+    def _check_sample(self, model: Model, sample: int) -> None:
+        text = self._statistics.manifest["text"]
+        tokens = text.get("tokens") if isinstance(text, dict) else None
+        needed = min(sample, tokens) if isinstance(tokens, int) else sample
+        for layer in model.moe_layers:
+            rows, _ = self._statistics.inputs_shape(layer.index)
+            if rows < needed:
+                raise InputError(
+                    f"{self._folder}: holds {rows} sampled inputs of layer {layer.index}, "
+                    f"the method needs {needed}",
+                    hint=f"rerun moesurg calibrate with --inputs {needed}",
+                )
 
     def load(self, staging: Staging, progress: Progress, stop: Stop) -> Statistics:
         return self._statistics
@@ -112,10 +127,9 @@ class _Fresh:
         seq_len: int,
         mode: DataNeed,
         device: str,
-        inputs: int,
+        sample: int,
     ) -> None:
-        self._model, self._data, self._device = model, data, device
-        self._inputs = inputs
+        self._model, self._data, self._device, self._sample = model, data, device, sample
         self._mode = "all" if mode == "all-expert" else "routed"
         self._tokens, self._seq_len = tokens, seq_len
         self._corpus = read_corpus(data)
@@ -125,8 +139,9 @@ class _Fresh:
             "seq_len": seq_len,
             "mode": self._mode,
             "device": device,
-            **({"inputs": inputs} if inputs else {}),
+            "inputs": sample,
         }
+        self.place = "."
 
     def load(self, staging: Staging, progress: Progress, stop: Stop) -> Statistics:
         # A kept file may be from a run killed while writing it, so collect again: same text, same bytes.
@@ -142,7 +157,7 @@ class _Fresh:
             stop,
             mode=self._mode,
             device=self._device,
-            inputs=min(self._inputs, sequences.total),
+            inputs=min(self._sample, sequences.total),
         )
         for name, data in files.items():
             staging.write_file(name, data)

@@ -133,6 +133,22 @@ class Statistics:
         rows, ids = self._optional(f"inputs.{layer}", "inputs.token_ids", flag="--inputs N")
         return rows, ids
 
+    def inputs_shape(self, layer: int) -> tuple[int, int]:
+        """How many sampled inputs a layer has, and their width; nothing is read.
+
+        Raises:
+            InputError: calibration kept none, or of another width.
+        """
+        name = f"inputs.{layer}"
+        if name not in self._tensors:
+            raise InputError(
+                f"{self.folder}: has no {name}", hint="rerun moesurg calibrate with --inputs N"
+            )
+        shape = self._tensors[name].shape
+        if len(shape) != 2 or shape[1] != self.hidden:
+            raise InputError(f"{self.folder / TENSOR_FILE}: {name!r} has shape {list(shape)}")
+        return shape[0], shape[1]
+
     def trace(
         self, layer: int
     ) -> tuple[NDArray[np.unsignedinteger], NDArray[np.int64], NDArray[np.int64]]:

@@ -66,5 +66,4 @@ def _method(command: str, name: str, module: ModuleType) -> Method:
         decide=getattr(module, "decide", None),
         description=(module.__doc__ or "").strip(),
         decide_from_weights=getattr(module, "decide_from_weights", None),
-        input_rows=getattr(module, "input_rows", None),
     )

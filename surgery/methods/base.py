@@ -4,7 +4,7 @@ A method module holds ``INFO``, a frozen dataclass ``Options`` (its fields becom
 three functions: ``plan`` (headers to a draft, no torch), optionally ``decide`` (statistics to decisions, once,
 before any weight is transformed) and ``transform`` (one unit of work). A method that has to see weights before it
 can decide has ``decide_from_weights`` instead of ``decide``; one that needs sampled inputs of the mixtures says
-how many in ``input_rows``.
+how many in ``MethodInfo.sample`` or, where options decide, in ``Draft.sample``.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ class MethodInfo:
         inputs: what it takes, in words.
         data: statistics it needs.
         tier: how its output loads.
+        sample: rows of each mixture's input that the statistics must hold, whatever the options say.
     """
 
     summary: str
@@ -56,6 +57,7 @@ class MethodInfo:
     inputs: str
     data: DataNeed
     tier: Tier = "stock"
+    sample: int = 0
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ class Draft:
         exactness: predicted relation to the first source.
         tier: how the output loads.
         notes: sentences for plan and report.
+        sample: rows of each mixture's input that these options need; ``work.inputs()`` gives them.
     """
 
     config: dict[str, object]
@@ -92,6 +95,7 @@ class Draft:
     exactness: Exactness
     tier: Tier = "stock"
     notes: Sequence[str] = ()
+    sample: int = 0
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,6 @@ class Method:
     decide_from_weights: (
         Callable[[Model, Any, Statistics | None, Weights, int], dict[str, Any]] | None
     ) = None
-    input_rows: Callable[[Any], int] | None = None
 
     def parse(self, values: Mapping[str, object]) -> Any:
         """Options from values by field name; fields left out take their defaults."""

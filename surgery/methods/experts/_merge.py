@@ -7,7 +7,7 @@ representatives' original order, so merging nothing writes the input's bytes.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...architectures.base import PROJECTIONS
@@ -15,13 +15,17 @@ from ...checkpoint.layout import TensorSpec
 from ...errors import InputError
 from ...plan import Unit, copy_unit
 from ..base import Draft, Exactness
+from ._function import activation, gates, hidden, routed_output, stored
 from ._groups import Grouping, check
+from ._least_squares import fit_down
+from ._reconstruct import NewExpert, reconstruct, reconstruct_memory
 
 if TYPE_CHECKING:
     import torch
 
     from ...architectures.model import Experts, Layer, Model
     from ...execute import Work
+    from ...linalg.permutation import Alignment
 
 ROUTERS = ("keep", "mean", "tied")
 ROUTER_HELP = (
@@ -32,7 +36,12 @@ ROUTER_HELP = (
 
 
 def plan_merge(
-    models: Sequence[Model], *, experts: int, router: str, params: dict[str, Any]
+    models: Sequence[Model],
+    *,
+    experts: int,
+    router: str,
+    params: dict[str, Any],
+    sample: int = 0,
 ) -> Draft:
     """A checkpoint with ``experts`` merged experts per layer (or all slots, for a tied router).
 
@@ -40,7 +49,12 @@ def plan_merge(
         models: exactly one mixture.
         experts: groups per layer.
         router: one of ROUTERS.
-        params: what the transform needs to know, the same for every unit.
+        params: what the transform needs to know, the same for every unit. Read here and below: ``router``;
+            ``align`` (``none``, ``weight``; in REAM's matching also ``activation`` and ``both``) and
+            ``reference`` (``first`` expert of the layer or the group's ``representative``); ``matching``
+            (``ream`` for normalised distances); ``rank``; ``combine`` (``least-squares`` and its
+            ``combine_ridge``); ``reconstruct`` (see ``_reconstruct.py``), which makes a layer one unit.
+        sample: rows of each mixture's input that the transform reads.
 
     Raises:
         InputError: not one MoE, more experts than there are, or fewer than the router selects.
@@ -82,7 +96,7 @@ def plan_merge(
             continue
         planned.add(layer.index)
         tensors.extend(_output_specs(model, layer, count))
-        units.extend(_merge_units(layer, count, tied, params))
+        units.extend(_merge_units(layer, count, tied, params, sample))
     for index, names in passing.items():
         label = "outer" if index is None else f"layer.{index}"
         moves = [(model.whole(name), [model.whole(name)]) for name in names]
@@ -104,14 +118,14 @@ def plan_merge(
         moe = model.family.moe
         for key in (*moe.expert_keys, *(key for key in moe.other_keys if key in config)):
             config[key] = count
-    unchanged = experts == model.experts
-    exactness = (
-        Exactness("bitwise", "every expert is a group of its own")
-        if unchanged
-        else Exactness("approximate", "different experts are averaged")
-    )
+    exactness = Exactness("approximate", "different experts are averaged")
+    if experts == model.experts:
+        exactness = Exactness("bitwise", "every expert is a group of its own")
+        if params.get("reconstruct"):
+            reason = "every expert is a group of its own, whose down projection is solved for again"
+            exactness = Exactness("exact", reason)
     units.sort(key=lambda unit: (unit.layer is None, unit.layer or 0))
-    return Draft(config, tensors, units, exactness, notes=notes)
+    return Draft(config, tensors, units, exactness, notes=notes, sample=sample)
 
 
 def one_mixture(models: Sequence[Model]) -> Model:
@@ -160,7 +174,9 @@ def _output_specs(model: Model, layer: Layer, count: int) -> list[TensorSpec]:
     return specs
 
 
-def _merge_units(layer: Layer, count: int, tied: bool, params: dict[str, Any]) -> list[Unit]:
+def _merge_units(
+    layer: Layer, count: int, tied: bool, params: dict[str, Any], sample: int
+) -> list[Unit]:
     experts, output = _mixture(layer), _output(layer, count)
     matrix, square = experts.hidden * experts.width, experts.width * experts.width
     # Reference and member in float32, sums in float64, and the assignment's scores twice.
@@ -170,6 +186,20 @@ def _merge_units(layer: Layer, count: int, tied: bool, params: dict[str, Any]) -
         memory += 24 * matrix
     if params.get("rank"):
         memory += 24 * max(experts.hidden, experts.width) ** 2
+    if params.get("matching") == "ream":
+        memory += 24 * matrix + 32 * square + 16 * sample * experts.width
+    if params.get("combine"):
+        memory += reconstruct_memory(experts, 1, sample)
+    if params.get("reconstruct"):
+        memory += reconstruct_memory(experts, count, sample)
+        regions = [output.router]
+        for slot in range(count):
+            regions.extend(output.regions(slot).values())
+        found = {**params, "part": "layer", "count": count, "tied": tied}
+        name = f"layer.{layer.index}.experts"
+        return [
+            Unit(name, "transform", layer.index, writes=tuple(regions), params=found, memory=memory)
+        ]
     router = Unit(
         f"layer.{layer.index}.router",
         "transform",
@@ -215,6 +245,8 @@ def transform_merge(work: Work) -> dict[str, object]:
         for stored, written in zip(experts.routing, output.routing, strict=True):
             work.write(written, _router_rows(work.read(stored), grouping, work.params["router"]))
         return {}
+    if work.params["part"] == "layer":
+        return _reconstructed(work, experts, output, grouping)
     slot_of = grouping.slot_of()
     metrics: dict[str, object] = {}
     if tied:
@@ -226,6 +258,39 @@ def transform_merge(work: Work) -> dict[str, object]:
     (slot,) = work.params["slots"]
     merged, metrics[f"group.{slot}"] = _average(work, experts, grouping, slot)
     _write(work, output, slot, merged)
+    return metrics
+
+
+def _reconstructed(
+    work: Work, experts: Experts, output: Experts, grouping: Grouping
+) -> dict[str, object]:
+    """Merge a whole layer, solve its down projections together, and write it."""
+    import torch
+
+    rows_ND, act = work.inputs(), activation(work.model)
+    router_ED = work.read(experts.router)
+    kept_ED = _router_rows(router_ED, grouping, work.params["router"])
+    rows_ED = stored(work.model, experts.router, kept_ED)
+    target_ND = routed_output(work, experts, rows_ND, gates(work.model, rows_ND, router_ED), act)
+    gates_NS = gates(work.model, rows_ND, rows_ED)
+    places = [[slot] for slot in range(len(grouping.groups))]
+    if work.params["tied"]:
+        # Every member's slot holds the merged expert, so what a token gives the members adds up.
+        places = [list(group) for group in grouping.groups]
+        gates_NS = torch.stack([gates_NS[:, members].sum(1) for members in places], dim=1)
+    metrics: dict[str, object] = {}
+    merged = []
+    for slot in range(len(grouping.groups)):
+        sums, metrics[f"group.{slot}"] = _average(work, experts, grouping, slot)
+        kept = [stored(work.model, experts.region(0, name), sums[name]) for name in ("gate", "up")]
+        merged.append(NewExpert(kept[0], kept[1], sums["down"].float()))
+    downs, metrics["reconstruction"] = reconstruct(
+        rows_ND, target_ND, gates_NS, merged, act, **work.params["reconstruct"]
+    )
+    work.write(output.router, rows_ED)
+    for expert, down, slots in zip(merged, downs, places, strict=True):
+        for slot in slots:
+            _write(work, output, slot, {"gate": expert.gate, "up": expert.up, "down": down})
     return metrics
 
 
@@ -259,21 +324,23 @@ def _average(
     """
     import torch
 
-    from ...linalg.permutation import align
     from ...linalg.svd import leading_left
 
     members, weights = grouping.groups[slot], grouping.weights[slot]
-    aligned = work.params.get("align") == "weight" and len(members) > 1
+    aligned = work.params.get("align", "none") != "none" and len(members) > 1
     rank = work.params.get("rank")
-    first = _read(work, experts, 0) if aligned else None
+    anchor = (
+        0 if work.params.get("reference", "first") == "first" else grouping.representatives[slot]
+    )
+    match = _matcher(work, experts, anchor) if aligned else None
     sums: dict[str, torch.Tensor] = {}
     squares = dict.fromkeys(experts.layout.parts, 0.0)
     grams: dict[str, torch.Tensor] = {}
     matching: list[dict[str, float]] = []
     for member, weight in zip(members, weights, strict=True):
         matrices = _read(work, experts, member)
-        if first is not None and member != 0:
-            found = align(_triple(first), _triple(matrices))
+        if match is not None and member != anchor:
+            found = match(matrices)
             matching.append({"expert": member, "before": found.before, "after": found.after})
             matrices = _reordered(matrices, found.order_F)
         for projection, matrix in matrices.items():
@@ -302,7 +369,34 @@ def _average(
     metrics["spread"] = spread
     if truncation:
         metrics["truncation"] = truncation
+    if work.params.get("combine") == "least-squares" and len(members) > 1:
+        metrics["least_squares"] = fit_down(work, experts, members, weights, sums)
     return sums, metrics
+
+
+def _matcher(
+    work: Work, experts: Experts, anchor: int
+) -> Callable[[dict[str, torch.Tensor]], Alignment]:
+    """What finds the permutation of an expert's neurons that brings it closest to expert ``anchor``."""
+    from ...linalg.neuron_distance import align_normalised
+    from ...linalg.permutation import align
+
+    reference = _read(work, experts, anchor)
+    if work.params.get("matching") != "ream":
+        return lambda matrices: align(_triple(reference), _triple(matrices))
+    kind = work.params["align"]
+    if kind == "weight":
+        return lambda matrices: align_normalised(
+            _triple(reference), _triple(matrices), weights=True, activations=None
+        )
+    act, rows_ND = activation(work.model), work.inputs()
+    anchored_NF = hidden(rows_ND, reference["gate"], reference["up"], act)
+    return lambda matrices: align_normalised(
+        _triple(reference),
+        _triple(matrices),
+        weights=kind == "both",
+        activations=(anchored_NF, hidden(rows_ND, matrices["gate"], matrices["up"], act)),
+    )
 
 
 def _read(work: Work, experts: Experts, expert: int) -> dict[str, torch.Tensor]:

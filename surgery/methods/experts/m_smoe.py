@@ -28,6 +28,7 @@ from ...errors import InputError, UsageError
 from ..base import Draft, MethodInfo, option, required
 from ._groups import Grouping, from_members
 from ._merge import ROUTER_HELP, ROUTERS, plan_merge, transform_merge
+from ._reconstruct import ReconstructOptions, reconstruct_params
 
 if TYPE_CHECKING:
     from ...architectures.model import Model
@@ -42,8 +43,8 @@ INFO = MethodInfo(
 ALLOCATIONS = ("uniform", "global")
 
 
-@dataclass(frozen=True)
-class Options:
+@dataclass(frozen=True, kw_only=True)
+class Options(ReconstructOptions):
     """What the user chooses."""
 
     experts: int = required("experts to keep in every layer (on average, with --allocation global)")
@@ -67,7 +68,13 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
             hint="add --router tied, or use --allocation uniform",
         )
     params = {"align": options.align, "router": options.router}
-    return plan_merge(models, experts=options.experts, router=options.router, params=params)
+    return plan_merge(
+        models,
+        experts=options.experts,
+        router=options.router,
+        params={**params, **reconstruct_params(options)},
+        sample=options.sample if options.reconstruct else 0,
+    )
 
 
 def decide(model: Model, options: Options, statistics: Statistics, seed: int) -> dict[str, Any]:

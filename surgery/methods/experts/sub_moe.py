@@ -28,6 +28,7 @@ from ...seeding import stream
 from ..base import Draft, MethodInfo, option, required
 from ._groups import from_labels
 from ._merge import ROUTER_HELP, ROUTERS, plan_merge, transform_merge
+from ._reconstruct import ReconstructOptions, reconstruct_params
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,8 +45,8 @@ INFO = MethodInfo(
 )
 
 
-@dataclass(frozen=True)
-class Options:
+@dataclass(frozen=True, kw_only=True)
+class Options(ReconstructOptions):
     """What the user chooses."""
 
     experts: int = required("experts to keep in every layer (on average, with --allocation global)")
@@ -71,8 +72,18 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
         )
     if options.rank is not None and options.rank < 1:
         raise UsageError(f"--rank should be at least 1, is {options.rank}")
+    if options.rank is not None and options.reconstruct:
+        raise UsageError(
+            "--rank and --reconstruct exclude each other: solved down projections have full rank"
+        )
     params = {"router": options.router, "rank": options.rank}
-    return plan_merge(models, experts=options.experts, router=options.router, params=params)
+    return plan_merge(
+        models,
+        experts=options.experts,
+        router=options.router,
+        params={**params, **reconstruct_params(options)},
+        sample=options.sample if options.reconstruct else 0,
+    )
 
 
 def decide(model: Model, options: Options, statistics: Statistics, seed: int) -> dict[str, Any]:

@@ -21,6 +21,7 @@ judge them like any other.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -90,12 +91,7 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
             f"experts, naee tries at most {LARGEST:,}",
             hint="use --method hope or reap",
         )
-    return draft
-
-
-def input_rows(options: Options) -> int:
-    """Inputs that calibration has to keep."""
-    return options.samples
+    return dataclasses.replace(draft, sample=options.samples)
 
 
 def decide_from_weights(

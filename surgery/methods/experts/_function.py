@@ -1,0 +1,92 @@
+"""What a mixture computes on given rows: routing and experts' functions, outside the stock modules.
+
+N counts rows, E experts, D the model width, F an expert's width, K the experts a token selects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from ...architectures.routing import route
+from ...checkpoint.dtypes import torch_dtype
+from ...errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from ...architectures.model import Experts, Model
+    from ...checkpoint.region import Region
+    from ...execute import Work
+
+    Activation = Callable[[torch.Tensor], torch.Tensor]
+
+
+def activation(model: Model) -> Activation:
+    """The gate's activation, from the config."""
+    name = model.config.raw.get("hidden_act", model.family.defaults.get("hidden_act", "silu"))
+    if name == "silu":
+        from torch.nn.functional import silu
+
+        return silu
+    from transformers.activations import ACT2FN
+
+    found: Activation = ACT2FN[name]
+    return found
+
+
+def hidden(
+    rows_ND: torch.Tensor, gate_FD: torch.Tensor, up_FD: torch.Tensor, act: Activation
+) -> torch.Tensor:
+    """act(G x) * U x of every row, [N, F] float32: what the down projection is given."""
+    gated_NF = act(rows_ND @ gate_FD.float().T)
+    return gated_NF.mul_(rows_ND @ up_FD.float().T)
+
+
+def stored(model: Model, region: Region, matrix: torch.Tensor) -> torch.Tensor:
+    """A matrix in the type of a source region, which outputs keep: what a loader of the output will compute with.
+
+    Raises:
+        InputError: it is not finite in that type.
+    """
+    kind = model.dtype(region.tensor)
+    cast = matrix.to(torch_dtype(kind))
+    if not bool(cast.isfinite().all()):
+        raise InputError(
+            f"{model.folder}: what is merged from {region.tensor!r} and others is not finite in {kind}",
+            hint="the input holds values too large for its type to be averaged",
+        )
+    return cast
+
+
+def gates(model: Model, rows_ND: torch.Tensor, router_ED: torch.Tensor) -> torch.Tensor:
+    """The coefficient of every expert on every row, [N, E] float64; 0 where it is not selected."""
+    import torch
+
+    weights_NK, index_NK = route(rows_ND @ router_ED.float().T, model.rule)
+    dense_NE = torch.zeros(len(rows_ND), len(router_ED), dtype=torch.float64)
+    return dense_NE.scatter_(1, index_NK, weights_NK.double())
+
+
+def routed_output(
+    work: Work, experts: Experts, rows_ND: torch.Tensor, gates_NE: torch.Tensor, act: Activation
+) -> torch.Tensor:
+    """The mixture's output on every row, [N, D] float64, one expert in memory at a time."""
+    import torch
+
+    mixed_ND = torch.zeros(rows_ND.shape, dtype=torch.float64)
+    for expert in range(experts.count):
+        token_M = gates_NE[:, expert].nonzero().flatten()
+        if len(token_M):
+            output_MD = expert_output(work, experts, expert, rows_ND[token_M], act)
+            mixed_ND.index_add_(0, token_M, output_MD * gates_NE[token_M, expert, None])
+    return mixed_ND
+
+
+def expert_output(
+    work: Work, experts: Experts, expert: int, rows_ND: torch.Tensor, act: Activation
+) -> torch.Tensor:
+    """One expert's function on every row, [N, D] float64."""
+    found = {name: work.read(region) for name, region in experts.regions(expert).items()}
+    hidden_NF = hidden(rows_ND, found["gate"], found["up"], act)
+    return hidden_NF.double() @ found["down"].double().T
