@@ -138,6 +138,10 @@ class Work:
         stored = self._runner.readers[region.source].read(region)
         return stored if stored.dtype == torch.float64 else stored.float()
 
+    def stored(self, region: Region, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor in the type that is planned for the region."""
+        return tensor.to(torch_dtype(self._runner.specs[region.tensor].dtype))
+
     def write(self, region: Region, tensor: torch.Tensor) -> None:
         """Cast once to the planned type and write.
 
@@ -151,11 +155,11 @@ class Work:
             raise MoesurgError(
                 f"unit {self.unit.id}: writes {tuple(tensor.shape)} to {region}, which is not planned"
             )
-        spec = self._runner.specs[region.tensor]
-        cast = tensor.to(torch_dtype(spec.dtype))
+        cast = self.stored(region, tensor)
         if not bool(torch.isfinite(cast).all()):
             raise InputError(
-                f"unit {self.unit.id}: the result for {region.tensor!r} is not finite in {spec.dtype}",
+                f"unit {self.unit.id}: the result for {region.tensor!r} is not finite in "
+                f"{self._runner.specs[region.tensor].dtype}",
                 hint="the input holds values too large for its type to be averaged",
             )
         norm = float(tensor.double().norm())

@@ -19,6 +19,8 @@ from ...plan import Unit, copy_unit
 from ..base import Draft, Exactness, option, required
 
 if TYPE_CHECKING:
+    import torch
+
     from ...architectures.model import Layer, Model
     from ...execute import Work
 
@@ -269,8 +271,22 @@ def _draw_router(work: Work) -> dict[str, object]:
     shape = (region.shape[0] // repeat, region.shape[1])
     draw = work.rng("router", work.layer).standard_normal(shape, dtype="float32")
     rows = torch.from_numpy(draw) * work.params["std"]
+    if repeat > 1:
+        _refuse_ties(work, rows, region)
     work.write(region, rows.repeat_interleave(repeat, dim=0))
     return {}
+
+
+def _refuse_ties(work: Work, rows: torch.Tensor, region: Region) -> None:
+    """Groups whose rows coincide as they are stored would be selected in parts."""
+    import torch
+
+    stored = work.stored(region, rows)
+    if len(torch.unique(stored.float(), dim=0)) < len(stored):
+        raise InputError(
+            f"{region.tensor}: rows of two groups are tied in the stored type",
+            hint="choose a larger --router-std",
+        )
 
 
 def _fill_neutral(work: Work) -> dict[str, object]:
