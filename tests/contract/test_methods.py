@@ -27,8 +27,11 @@ SOURCES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "upcycle btx": [("llama", BF16), ("llama", {**BF16, "seed": 1})],
 }
 """Sources that every method of a command takes, and those of methods that need others."""
-OPTIONS: dict[str, dict[str, Any]] = {"upcycle virtual-groups": {"granularity": 2}}
-"""Options without which a method does not start."""
+OPTIONS: dict[str, dict[str, Any]] = {
+    "upcycle split": {"experts": 2},
+    "upcycle virtual-groups": {"granularity": 2},
+}
+"""Options without which a method does not start, or not on these sources."""
 
 ALL = methods()
 

@@ -170,7 +170,7 @@ def test_a_shared_feed_forward_is_exact_for_any_router(
 
 def test_the_gate_halves_what_is_doubled(checkpoint: Checkpoint, tmp_path: Path) -> None:
     source, output = checkpoint("qwen2", dtype="bfloat16"), tmp_path / "moe"
-    operate("upcycle", "shared", source, output, experts=3, expert_width=20)
+    operate("upcycle", "shared", source, output, experts=3, expert_width=24)
     dense, moe = tensors(source), tensors(output)
     prefix = "model.layers.1.mlp."
     assert not moe[f"{prefix}shared_expert_gate.weight"].any()

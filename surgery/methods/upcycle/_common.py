@@ -15,7 +15,7 @@ from ...architectures.model import Experts
 from ...checkpoint.layout import TensorSpec
 from ...checkpoint.region import Region
 from ...errors import InputError, UsageError
-from ...plan import Unit, copy_unit
+from ...plan import Unit, copy_unit, element_bytes
 from ..base import Draft, Exactness, option, required
 
 if TYPE_CHECKING:
@@ -145,6 +145,8 @@ def grow(
     raw.update(changes or {})
     config = Config(raw, family.defaults, "the planned config.json")
     found = config.integer(moe.width_key)
+    if width is not None:
+        _check_width(model, found)
     mixtures = {
         layer.index: Experts(moe.layouts[0], layer.prefix, experts, config.hidden, found)
         for layer in model.layers
@@ -328,6 +330,18 @@ def _target(model: Model, name: str | None, *, sharing: bool) -> tuple[Family, M
             hint=f"for {parent} use --target {' or '.join(fitting)}",
         )
     return fitting[name]
+
+
+def _check_width(model: Model, width: int) -> None:
+    """Stock transformers multiplies all experts at once, with a kernel that wants rows of whole 16 bytes."""
+    for layer in model.layers:
+        size = element_bytes(model.dtype(layer.ffn["gate"].tensor))
+        if width * size % 16:
+            raise InputError(
+                f"{model.folder}: experts of {width} neurons do not run in stock transformers, "
+                f"whose grouped product takes multiples of {16 // size} in this type",
+                hint=f"choose a width that is a multiple of {16 // size}",
+            )
 
 
 def _specs(mixture: Mixture, layer: Layer) -> list[TensorSpec]:
