@@ -24,6 +24,7 @@ BF16 = {"dtype": "bfloat16"}
 SOURCES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "upcycle": [("llama", BF16)],
     "merge": [("qwen3_moe", BF16)],
+    "upcycle bam-fixed": [("llama", BF16), ("llama", {**BF16, "seed": 1})],
     "upcycle btx": [("llama", BF16), ("llama", {**BF16, "seed": 1})],
 }
 """Sources that every method of a command takes, and those of methods that need others."""

@@ -84,11 +84,11 @@ def test_experts_are_bytes_and_the_rest_is_the_mean(checkpoint: Checkpoint, tmp_
 def test_large_tensors_are_averaged_in_blocks(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from moesurg.surgery.methods.upcycle import btx
+    from moesurg.surgery.methods.upcycle import _branches
 
     sources = [checkpoint("llama", seed=seed) for seed in range(2)]
     operate("upcycle", "btx", sources, tmp_path / "whole")
-    monkeypatch.setattr(btx, "BLOCK", 100)
+    monkeypatch.setattr(_branches, "BLOCK", 100)
     operate("upcycle", "btx", sources, tmp_path / "blocks", workers=1)
     whole, blocks = tensors(tmp_path / "whole"), tensors(tmp_path / "blocks")
     assert all(torch.equal(whole[name], blocks[name]) for name in whole)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...architectures import families
-from ...architectures.base import PROJECTIONS, DenseTarget, Family, MoE, RouterRule
+from ...architectures.base import PROJECTIONS, DenseTarget, Family, MoE, RouterRule, Shape
 from ...architectures.config import Config
 from ...architectures.model import Experts
 from ...checkpoint.layout import TensorSpec
@@ -160,6 +160,7 @@ def draft(
     exactness: Exactness,
     *,
     keep: Callable[[str, int | None], list[Unit]] | None = None,
+    shapes: Mapping[str, Shape] | None = None,
     notes: Sequence[str] = (),
 ) -> Draft:
     """The parent's blocks with a mixture in the place of every feed-forward.
@@ -169,9 +170,10 @@ def draft(
         fill: units and byte moves that write the whole mixture of a layer.
         exactness: what is promised.
         keep: units that write a tensor outside the feed-forwards; by default it is copied.
+        shapes: of tensors outside the feed-forwards that change theirs.
         notes: sentences for plan and report.
     """
-    model = mixture.model
+    model, shapes = mixture.model, shapes or {}
     tensors: list[TensorSpec] = []
     units: list[Unit] = []
     owners = {name: layer for layer in model.layers for name in layer.names}
@@ -187,7 +189,8 @@ def draft(
                 units.extend(own)
                 moves.setdefault(index, []).extend(copies)
             continue
-        tensors.append(TensorSpec(name, model.dtype(name), model.checkpoint.tensors[name].shape))
+        shape = shapes.get(name, model.checkpoint.tensors[name].shape)
+        tensors.append(TensorSpec(name, model.dtype(name), shape))
         if keep is None:
             moves.setdefault(index, []).append((model.whole(name), [model.whole(name)]))
         else:

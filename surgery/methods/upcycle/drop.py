@@ -1,11 +1,12 @@
 """Drop-Upcycling: each expert is a shuffled copy of the feed-forward with a fraction of its neurons drawn anew.
 
-Drop-Upcycling (ICLR 2025). For every layer and expert: shuffle the I neurons by a permutation of its own, keep the
-first I_e, choose floor(r * I_e) of them, and overwrite these rows of gate and up and these columns of down with
-N(mean, std^2), where mean and (unbiased) std are those of all elements of the block that is replaced, one block per
-matrix. r = ``--reinit``, 0.5 by default. Everything else is copied from the dense model. ``--index-set shared``
-chooses one set of neurons for the three matrices, as the method describes it; the authors' script draws a set per
-matrix, which at r = 0.5 leaves only an eighth of the neurons intact: ``--index-set per-projection``.
+Drop-Upcycling (ICLR 2025, arXiv:2502.19261). For every layer and expert: shuffle the I neurons by a permutation of its
+own, keep the first I_e, choose floor(r * I_e) of them, and overwrite these rows of gate and up and these columns of
+down with N(mean, std^2), where mean and (unbiased) std are those of all elements of the block that is replaced, one
+block per matrix. r = ``--reinit``, 0.5 by default. Everything else is copied from the dense model.
+``--index-set shared`` chooses one set of neurons for the three matrices, as the method describes it; the authors'
+script draws a set per matrix, which at r = 0.5 leaves only an eighth of the neurons intact:
+``--index-set per-projection``.
 
 ``--preset qwen`` is the partition of Qwen1.5-MoE and Qwen2-MoE: shuffled copies of the feed-forward are laid end to
 end, as many as the experts need, and expert e takes neurons [e * I_e, (e + 1) * I_e) of that row; what is left of the
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 
 INFO = MethodInfo(
     summary="shuffled copies of every feed-forward, a fraction of their neurons drawn anew",
-    paper="Drop-Upcycling, ICLR 2025",
+    paper="arXiv:2502.19261",
     inputs="one dense model",
     data="none",
 )
