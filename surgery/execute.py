@@ -165,6 +165,10 @@ class Work:
         rows_ND, _ = self._runner.statistics.inputs(self.layer)
         return torch.from_numpy(rows_ND.copy())
 
+    def stored(self, region: Region, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor in the type that is planned for the region."""
+        return tensor.to(torch_dtype(self._runner.specs[region.tensor].dtype))
+
     def write(self, region: Region, tensor: torch.Tensor) -> None:
         """Cast once to the planned type and write.
 
@@ -178,12 +182,12 @@ class Work:
             raise MoesurgError(
                 f"unit {self.unit.id}: writes {tuple(tensor.shape)} to {region}, which is not planned"
             )
-        spec = self._runner.specs[region.tensor]
-        cast = tensor.to(torch_dtype(spec.dtype))
+        cast = self.stored(region, tensor)
         flat = cast.contiguous().view(torch.uint8).reshape(-1).numpy().data
-        if first_non_finite(flat, spec.dtype) is not None:
+        if first_non_finite(flat, self._runner.specs[region.tensor].dtype) is not None:
             raise InputError(
-                f"unit {self.unit.id}: the result for {region.tensor!r} is not finite in {spec.dtype}",
+                f"unit {self.unit.id}: the result for {region.tensor!r} is not finite in "
+                f"{self._runner.specs[region.tensor].dtype}",
                 hint="the input holds values too large for its type to be averaged",
             )
         norm = float(torch.linalg.vector_norm(tensor, dtype=torch.float64))

@@ -27,7 +27,7 @@ from .executors.pool import PoolExecutor
 from .executors.serial import SerialExecutor
 from .methods import load
 from .methods.base import Draft, Method
-from .outputs import carried_files, config_bytes, output_record, sources_record
+from .outputs import carried_from_all, config_bytes, output_record, sources_record
 from .plan import Plan, Unit, validate
 from .progress import Progress, Stop, stoppable
 from .report import card, record
@@ -80,6 +80,7 @@ def run(request: Request, progress: Progress) -> dict[str, Any]:
     draft = method.plan(models, options)
     plan = _plan(request, models, draft, options)
     validate(plan, [model.checkpoint for model in models])
+    card.common_licence([model.folder for model in models])
     workers = choose_workers(plan, request.workers, request.max_memory)
     if request.dry_run:
         return _summary(request, models, plan, draft, started, workers) | {
@@ -175,7 +176,8 @@ class _Job:
         self.request, self.method, self.models, self.draft = request, method, models, draft
         self.plan, self.options, self.workers = plan, options, workers
         self.progress, self.stop = progress, stop
-        self.inputs = [file for model in models for file in weight_files(model)]
+        # A model may be given several times.
+        self.inputs = list(dict.fromkeys(file for model in models for file in weight_files(model)))
         self.shards = lay_out(plan.tensors, max_shard_bytes=plan.max_shard_bytes)
         self.statistics: Any = None
 
@@ -347,8 +349,8 @@ class _Job:
         small: dict[str, bytes] = {"config.json": config_bytes(self.draft.config)}
         if len(self.shards) > 1:
             small[INDEX] = index_json(self.shards)
-        for name, path in carried_files(self.models[0].folder).items():
-            small.setdefault(name, path.read_bytes())
+        for name, data in carried_from_all([model.folder for model in self.models]).items():
+            small.setdefault(name, data)
         described = None if decision is None else decision["statistics"]
         report: dict[str, Any] = record.base_record(self.plan.command, self.plan.method)
         report |= {
@@ -374,7 +376,9 @@ class _Job:
             "unchanged": self.plan.unchanged,
         }
         small["README.md"] = card.card(
-            report, self.request.sources, card.licence_of(self.models[0].folder)
+            report,
+            self.request.sources,
+            card.common_licence([model.folder for model in self.models]),
         )
         report["output"] = output_record(self.plan, self.shards, hashes, small)
         for name, data in small.items():

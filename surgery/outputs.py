@@ -15,7 +15,8 @@ from .checkpoint.layout import Shard
 from .checkpoint.reader import contained
 from .plan import Plan
 
-CARRIED = (*PATTERNS, "LICENSE*", "NOTICE*")
+TERMS = ("LICENSE*", "NOTICE*")
+CARRIED = (*PATTERNS, *TERMS)
 OWN = frozenset({"config.json", "report.json", "README.md"})
 """Files that every output has anew."""
 
@@ -34,6 +35,20 @@ def carried_files(folder: Path) -> dict[str, Path]:
             continue
         if any(fnmatch(name, pattern) for pattern in CARRIED):
             found[name] = contained(folder, name)
+    return found
+
+
+def carried_from_all(folders: Sequence[Path]) -> dict[str, bytes]:
+    """Contents by name: all of the first source's, and the licences and notices of the others.
+
+    Where two differ under one name, the later one gets its source's position, such as ``NOTICE.2``.
+    """
+    found = {name: path.read_bytes() for name, path in carried_files(folders[0]).items()}
+    for position, folder in enumerate(folders[1:], start=2):
+        for name, path in carried_files(folder).items():
+            data = path.read_bytes()
+            if any(fnmatch(name, pattern) for pattern in TERMS) and found.get(name) != data:
+                found[f"{name}.{position}" if name in found else name] = data
     return found
 
 

@@ -100,12 +100,15 @@ class DenseTarget:
         config: the MoE config for (parent's config, experts, top_k); raises InputError with the reason where
             this parent cannot be held.
         neutral_shared: for families that require a shared expert, the names below the layer's prefix of its
-            ``gate``, ``up`` and ``down`` and of the ``switch`` in front of it.
+            ``gate``, ``up`` and ``down`` and, where there is one, of the sigmoid ``switch`` in front of it.
+        shared_size: for families with a shared expert, the config values (config so far, width) that make it so
+            wide; raises InputError where the family cannot have that width.
     """
 
     parents: Sequence[str]
     config: Callable[[Config, int, int], dict[str, object]]
     neutral_shared: Mapping[str, str] = field(default_factory=dict)
+    shared_size: Callable[[Mapping[str, object], int], Mapping[str, object]] | None = None
 
 
 @dataclass(frozen=True)

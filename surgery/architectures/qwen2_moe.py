@@ -1,5 +1,6 @@
 """Qwen1.5-MoE and Qwen2-MoE: routed experts beside one shared expert behind a sigmoid gate."""
 
+from ..errors import InputError
 from ._qwen import qkv_attention, qwen_moe_layer, qwen_rule
 from .base import DenseTarget, Family, MoE, Shapes
 from .config import Config, both_rope_spellings
@@ -30,7 +31,22 @@ def shared_expert(config: Config) -> Shapes:
 
 
 def _from_dense(parent: Config, experts: int, top_k: int) -> dict[str, object]:
+    for key in ("attention_bias", "mlp_bias"):
+        if parent.flag(key):
+            raise InputError(
+                f"{parent.where}: {key} is set, and Qwen2-MoE has no such biases",
+                hint="it has biases on query, key and value only",
+            )
     config = parent.completed()
+    for key in ("attention_bias", "mlp_bias", "pretraining_tp"):
+        config.pop(key, None)
+    qwen2 = parent.raw.get("model_type") == "qwen2"
+    if not qwen2:
+        # Mistral slides every layer where it has a window, Llama none.
+        slides = parent.get("sliding_window") is not None
+        config["use_sliding_window"] = slides
+        if slides:
+            config["layer_types"] = ["sliding_attention"] * parent.layers
     if parent.flag("use_sliding_window") and parent.get("layer_types") is None:
         # Qwen2 slides the layers from max_window_layers on; Qwen2-MoE derives another pattern from the same
         # keys, so the parent's pattern is written out.
@@ -45,7 +61,7 @@ def _from_dense(parent: Config, experts: int, top_k: int) -> dict[str, object]:
         moe_intermediate_size=parent.integer("intermediate_size"),
         shared_expert_intermediate_size=min(NEUTRAL_WIDTH, parent.integer("intermediate_size")),
         norm_topk_prob=True,
-        qkv_bias=True,
+        qkv_bias=qwen2,
         decoder_sparse_step=1,
         mlp_only_layers=[],
         output_router_logits=False,
@@ -78,5 +94,10 @@ FAMILY = Family(
         is_moe_layer=qwen_moe_layer,
         shared=shared_expert,
     ),
-    target=DenseTarget(("qwen2",), _from_dense, neutral_shared=SHARED),
+    target=DenseTarget(
+        ("qwen2", "llama", "mistral"),
+        _from_dense,
+        neutral_shared=SHARED,
+        shared_size=lambda config, width: {"shared_expert_intermediate_size": width},
+    ),
 )

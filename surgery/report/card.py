@@ -8,9 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..errors import InputError
+
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-_RELATION = {"merge": "merge", "upcycle": "finetune"}
-"""The Hub knows adapter, merge, quantized and finetune; upcycling is nearest to the last."""
+_RELATION = {"merge": "merge"}
+"""The Hub knows adapter, merge, quantized and finetune; upcycling one model is nearest to the last."""
 
 
 def licence_of(folder: Path) -> str | None:
@@ -22,6 +24,24 @@ def licence_of(folder: Path) -> str | None:
     matter = re.match(r"---\n(.*?)\n---", text, re.S)
     found = re.search(r"^license:\s*(\S+)\s*$", matter.group(1), re.M) if matter else None
     return found.group(1) if found else None
+
+
+def common_licence(folders: Sequence[Path]) -> str | None:
+    """The licence of all sources that declare one.
+
+    Raises:
+        InputError: two of them declare different ones, and which terms the output has is not for a tool to say.
+    """
+    declared = {folder: licence_of(folder) for folder in folders}
+    named = {folder: licence for folder, licence in declared.items() if licence is not None}
+    for folder, licence in named.items():
+        other, first = next(iter(named.items()))
+        if licence != first:
+            raise InputError(
+                f"{folder}: its licence is {licence}, that of {other} is {first}",
+                hint="settle the terms first, then declare the licence in the sources' README.md",
+            )
+    return next(iter(named.values()), None)
 
 
 def card(record: Mapping[str, Any], sources: Sequence[str], licence: str | None) -> bytes:
@@ -41,7 +61,8 @@ def card(record: Mapping[str, Any], sources: Sequence[str], licence: str | None)
     if bases:
         matter.append("base_model:")
         matter.extend(f"- {source}" for source in bases)
-        matter.append(f"base_model_relation: {_RELATION.get(record['operation'], 'finetune')}")
+        several = "merge" if len(bases) > 1 else "finetune"
+        matter.append(f"base_model_relation: {_RELATION.get(record['operation'], several)}")
     matter.extend(["tags:", "- moe", "- moesurg", f"- {record['operation']}", "---"])
     parameters, exactness = record["parameters"], record["exactness"]
     names = ", ".join(f"`{Path(source).name}`" for source in sources)

@@ -20,12 +20,20 @@ from tests.faults.harness import digest
 from tests.oracle.helpers import operate, stock
 
 Checkpoint = Callable[..., Path]
-SOURCES = {
-    "upcycle": ("llama", {"dtype": "bfloat16"}),
-    "merge": ("qwen3_moe", {"dtype": "bfloat16"}),
-    "prune": ("qwen3_moe", {"dtype": "bfloat16"}),
+BF16 = {"dtype": "bfloat16"}
+SOURCES: dict[str, list[tuple[str, dict[str, Any]]]] = {
+    "upcycle": [("llama", BF16)],
+    "merge": [("qwen3_moe", BF16)],
+    "prune": [("qwen3_moe", BF16)],
+    "upcycle bam-fixed": [("llama", BF16), ("llama", {**BF16, "seed": 1})],
+    "upcycle btx": [("llama", BF16), ("llama", {**BF16, "seed": 1})],
 }
-"""A source that every method of a command takes."""
+"""Sources that every method of a command takes, and those of methods that need others."""
+OPTIONS: dict[str, dict[str, Any]] = {
+    "upcycle split": {"experts": 2},
+    "upcycle virtual-groups": {"granularity": 2},
+}
+"""Options without which a method does not start, or not on these sources."""
 
 ALL = methods()
 
@@ -36,14 +44,24 @@ def method(request: pytest.FixtureRequest) -> Method:
     return found
 
 
+def key(method: Method) -> str:
+    return f"{method.command} {method.name}"
+
+
+def options_of(method: Method) -> dict[str, Any]:
+    return {"experts": 4, **OPTIONS.get(key(method), {})}
+
+
 @pytest.fixture
-def source(method: Method, checkpoint: Checkpoint) -> Path:
-    family, arguments = SOURCES[method.command]
-    return checkpoint(family, **arguments)
+def sources(method: Method, checkpoint: Checkpoint) -> list[Path]:
+    wanted = SOURCES.get(key(method), SOURCES[method.command])
+    return [checkpoint(family, **arguments) for family, arguments in wanted]
 
 
-def perform(method: Method, source: Path, output: Path, **arguments: Any) -> dict[str, Any]:
-    return operate(method.command, method.name, source, output, **{"experts": 4, **arguments})
+def perform(method: Method, sources: list[Path], output: Path, **arguments: Any) -> dict[str, Any]:
+    return operate(
+        method.command, method.name, sources, output, **{**options_of(method), **arguments}
+    )
 
 
 def test_it_is_documented(method: Method) -> None:
@@ -59,10 +77,12 @@ def test_it_is_found_by_its_file_name(method: Method) -> None:
     assert load(method.command, method.name).info == method.info
 
 
-def test_the_output_is_what_the_dry_run_said(method: Method, source: Path, tmp_path: Path) -> None:
-    planned = perform(method, source, tmp_path / "out", dry_run=True)
+def test_the_output_is_what_the_dry_run_said(
+    method: Method, sources: list[Path], tmp_path: Path
+) -> None:
+    planned = perform(method, sources, tmp_path / "out", dry_run=True)
     assert not list(tmp_path.iterdir())
-    result = perform(method, source, tmp_path / "out")
+    result = perform(method, sources, tmp_path / "out")
     stored = open_checkpoint(tmp_path / "out").tensors
     listed = {name: (dtype, tuple(shape)) for name, dtype, shape in planned["plan"]["tensors"]}
     assert {name: (info.dtype, info.shape) for name, info in stored.items()} == listed
@@ -73,8 +93,8 @@ def test_the_output_is_what_the_dry_run_said(method: Method, source: Path, tmp_p
     }
 
 
-def test_the_output_loads_and_verifies(method: Method, source: Path, tmp_path: Path) -> None:
-    perform(method, source, tmp_path / "out")
+def test_the_output_loads_and_verifies(method: Method, sources: list[Path], tmp_path: Path) -> None:
+    perform(method, sources, tmp_path / "out")
     Model.open(tmp_path / "out")
     stock(tmp_path / "out")
     found = verify(str(tmp_path / "out"), reference=None, device="cpu", progress=Silent())
@@ -84,18 +104,18 @@ def test_the_output_loads_and_verifies(method: Method, source: Path, tmp_path: P
 
 
 def test_bytes_depend_on_nothing_but_the_request(
-    method: Method, source: Path, tmp_path: Path
+    method: Method, sources: list[Path], tmp_path: Path
 ) -> None:
-    before = digest(source)
+    before = [digest(source) for source in sources]
     for name, workers in (("one", 1), ("again", 1), ("two", 2)):
-        perform(method, source, tmp_path / name, workers=workers)
+        perform(method, sources, tmp_path / name, workers=workers)
     assert len({digest(tmp_path / name) for name in ("one", "again", "two")}) == 1
-    assert digest(source) == before
+    assert [digest(source) for source in sources] == before
 
 
-def test_shards_hold_the_same_tensors(method: Method, source: Path, tmp_path: Path) -> None:
-    perform(method, source, tmp_path / "one")
-    perform(method, source, tmp_path / "many", max_shard_bytes=40_000)
+def test_shards_hold_the_same_tensors(method: Method, sources: list[Path], tmp_path: Path) -> None:
+    perform(method, sources, tmp_path / "one")
+    perform(method, sources, tmp_path / "many", max_shard_bytes=40_000)
     one, many = (open_checkpoint(tmp_path / name) for name in ("one", "many"))
     assert len(many.files) > 2
     assert one.tensors.keys() == many.tensors.keys()
@@ -106,17 +126,20 @@ def test_shards_hold_the_same_tensors(method: Method, source: Path, tmp_path: Pa
     stock(tmp_path / "many")
 
 
-def test_the_report_is_complete(method: Method, source: Path, tmp_path: Path) -> None:
-    perform(method, source, tmp_path / "out", seed=5)
+def test_the_report_is_complete(method: Method, sources: list[Path], tmp_path: Path) -> None:
+    perform(method, sources, tmp_path / "out", seed=5)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["operation"] == method.command
     assert report["method"] == method.name
     assert report["seed"] == 5
     assert set(report["options"]) == {field.name for field in dataclasses.fields(method.options)}
-    assert report["command"][:3] == ["moesurg", method.command, str(source)]
+    words = ["moesurg", method.command, *map(str, sources)]
+    assert report["command"][: len(words)] == words
     files = {path.name for path in (tmp_path / "out").iterdir()} - {"report.json"}
     assert set(report["output"]["files"]) == files
-    assert set(report["sources"][0]["files"]) == {"config.json", "model.safetensors"}
+    assert [set(source["files"]) for source in report["sources"]] == [
+        {"config.json", "model.safetensors"} for _ in sources
+    ]
     assert (report["statistics"] is None) == (method.info.data == "none")
     text = (tmp_path / "out" / "README.md").read_text()
     assert method.name in text
@@ -125,12 +148,13 @@ def test_the_report_is_complete(method: Method, source: Path, tmp_path: Path) ->
     assert not {"seconds", "workers", "time", "host"} & set(report)
 
 
-def test_the_plan_survives_json(method: Method, source: Path) -> None:
+def test_the_plan_survives_json(method: Method, sources: list[Path]) -> None:
     from moesurg.surgery.operation import Request, _plan
 
-    model = Model.open(source)
-    options = method.parse({"experts": 4})
-    draft = method.plan([model], options)
-    request = Request(method.command, method.name, (str(source),), None, {"experts": 4})
-    plan = _plan(request, [model], draft, options)
+    models = [Model.open(source) for source in sources]
+    options = options_of(method)
+    draft = method.plan(models, method.parse(options))
+    folders = tuple(map(str, sources))
+    request = Request(method.command, method.name, folders, None, options)
+    plan = _plan(request, models, draft, method.parse(options))
     assert type(plan).from_json(plan.to_json()) == plan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +47,14 @@ def drift(first: Path, second: Path) -> float:
 
 
 def operate(
-    command: str, method: str, source: Path, output: Path, **arguments: Any
+    command: str, method: str, source: Path | Sequence[Path], output: Path, **arguments: Any
 ) -> dict[str, Any]:
     """Run an operation; options of the method and fields of the request alike by keyword."""
+    sources = [source] if isinstance(source, Path) else source
     fields = {name: arguments.pop(name) for name in list(arguments) if name in _FIELDS}
     fields.setdefault("tokens", 600)
     fields.setdefault("seq_len", 64)
-    request = Request(command, method, (str(source),), output, arguments, **fields)
+    request = Request(command, method, tuple(map(str, sources)), output, arguments, **fields)
     return run(request, Silent())
 
 

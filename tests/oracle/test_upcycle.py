@@ -16,6 +16,8 @@ Checkpoint = Callable[..., Path]
 PAIRS = [
     ("llama", "mixtral"),
     ("mistral", "mixtral"),
+    ("llama", "qwen2_moe"),
+    ("mistral", "qwen2_moe"),
     ("qwen2", "qwen2_moe"),
     ("qwen3", "qwen3_moe"),
 ]
@@ -29,6 +31,14 @@ def test_every_pair_reproduces_its_parent(
     source, output = checkpoint(parent), tmp_path / "moe"
     result = operate("upcycle", "sparse", source, output, experts=4, top_k=top_k, target=target)
     assert result["exactness"]["kind"] == "exact"
+    assert drift(source, output) < 1e-4
+
+
+def test_a_window_survives_in_a_family_of_another_lineage(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    source, output = checkpoint("mistral", sliding_window=5), tmp_path / "moe"
+    operate("upcycle", "sparse", source, output, experts=4, target="qwen2_moe")
     assert drift(source, output) < 1e-4
 
 

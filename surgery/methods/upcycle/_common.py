@@ -1,0 +1,363 @@
+"""What every way of growing a mixture shares: the target, its config, tensors that pass through, routers, and the
+neutral shared expert of families that require one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ...architectures import families
+from ...architectures.base import PROJECTIONS, DenseTarget, Family, MoE, RouterRule, Shape
+from ...architectures.config import Config
+from ...architectures.model import Experts
+from ...checkpoint.layout import TensorSpec
+from ...checkpoint.region import Region
+from ...errors import InputError, UsageError
+from ...plan import Unit, copy_unit, element_bytes
+from ..base import Draft, Exactness, option, required
+
+if TYPE_CHECKING:
+    import torch
+
+    from ...architectures.model import Layer, Model
+    from ...execute import Work
+
+Moves = list[tuple[Region, list[Region]]]
+"""What is read, with everywhere it goes byte for byte."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrowOptions:
+    """What the user chooses for every method that grows one dense model."""
+
+    experts: int = required("experts in every layer")
+    top_k: int = option(2, "experts each token selects")
+    target: str | None = option(
+        None, "MoE family to write; by default the one that fits the parent"
+    )
+    router_std: float = option(0.02, "standard deviation of the router's random rows")
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The planned mixture.
+
+    Attributes:
+        model: the dense parent (the first of several).
+        family, moe, target: facts of the family that is written.
+        raw, config: the planned ``config.json``, as values and read with the family's defaults.
+        rule: the planned router.
+        experts: the planned experts by layer.
+    """
+
+    model: Model
+    family: Family
+    moe: MoE
+    target: DenseTarget
+    raw: dict[str, object]
+    config: Config
+    rule: RouterRule
+    experts: Mapping[int, Experts]
+
+    @property
+    def width(self) -> int:
+        """Width of a planned expert."""
+        return self.config.integer(self.moe.width_key)
+
+    def shared(self, layer: Layer) -> dict[str, Region]:
+        """The shared expert's ``gate``, ``up``, ``down`` and, where it has one, ``switch``; or nothing."""
+        shapes = self.moe.shared(self.config)
+        return {
+            role: Region(layer.prefix + name, shapes[name])
+            for role, name in self.target.neutral_shared.items()
+        }
+
+
+def one_dense(models: Sequence[Model], method: str) -> Model:
+    """The one dense source.
+
+    Raises:
+        InputError: several sources, or a mixture.
+    """
+    if len(models) != 1:
+        raise InputError(f"{method} takes one dense model, {len(models)} were given")
+    dense(models[0])
+    return models[0]
+
+
+def dense(model: Model) -> None:
+    """Refuse a source that holds experts already."""
+    if model.is_moe:
+        raise InputError(f"{model.folder}: is a mixture already ({model.family.model_type})")
+
+
+def check_counts(experts: int, top_k: int, router_std: float) -> None:
+    """Refuse counts that no mixture has.
+
+    Raises:
+        UsageError: a count below one, or a router without randomness.
+        InputError: top-k above experts.
+    """
+    if experts < 1 or top_k < 1:
+        raise UsageError("--experts and --top-k should be at least 1")
+    if top_k > experts:
+        raise InputError(
+            f"--top-k {top_k} is more than --experts {experts}",
+            hint="a token cannot select more experts than there are",
+        )
+    if not router_std > 0:
+        raise UsageError("--router-std should be above 0: equal rows would send all tokens one way")
+
+
+def grow(
+    model: Model,
+    *,
+    experts: int,
+    top_k: int,
+    target: str | None,
+    width: int | None = None,
+    shared_width: int | None = None,
+    changes: Mapping[str, object] | None = None,
+) -> Mixture:
+    """The mixture that a dense model becomes.
+
+    Args:
+        model: the dense parent.
+        experts, top_k: routed experts per layer, and how many a token selects.
+        target: the family to write, or None for the first that fits.
+        width: of an expert, by default the parent's.
+        shared_width: of the shared expert, and then only families that have one fit; by default a family
+            without one is preferred and one that requires it gets its neutral width.
+        changes: further config values.
+
+    Raises:
+        InputError: the parent fits no target, or the target cannot hold it.
+    """
+    family, moe, facts = _target(model, target, sharing=shared_width is not None)
+    raw = facts.config(model.config, experts, top_k)
+    raw.update(model_type=family.model_type, architectures=[family.class_name])
+    if width is not None:
+        raw[moe.width_key] = width
+    if shared_width is not None and facts.shared_size is not None:
+        raw.update(facts.shared_size(raw, shared_width))
+    raw.update(changes or {})
+    config = Config(raw, family.defaults, "the planned config.json")
+    found = config.integer(moe.width_key)
+    if width is not None:
+        _check_width(model, found)
+    mixtures = {
+        layer.index: Experts(moe.layouts[0], layer.prefix, experts, config.hidden, found)
+        for layer in model.layers
+    }
+    return Mixture(model, family, moe, facts, raw, config, moe.rule(config), mixtures)
+
+
+def draft(
+    mixture: Mixture,
+    fill: Callable[[Layer, Experts], tuple[list[Unit], Moves]],
+    exactness: Exactness,
+    *,
+    keep: Callable[[str, int | None], list[Unit]] | None = None,
+    shapes: Mapping[str, Shape] | None = None,
+    notes: Sequence[str] = (),
+) -> Draft:
+    """The parent's blocks with a mixture in the place of every feed-forward.
+
+    Args:
+        mixture: from `grow`.
+        fill: units and byte moves that write the whole mixture of a layer.
+        exactness: what is promised.
+        keep: units that write a tensor outside the feed-forwards; by default it is copied.
+        shapes: of tensors outside the feed-forwards that change theirs.
+        notes: sentences for plan and report.
+    """
+    model, shapes = mixture.model, shapes or {}
+    tensors: list[TensorSpec] = []
+    units: list[Unit] = []
+    owners = {name: layer for layer in model.layers for name in layer.names}
+    ffn = {region.tensor for layer in model.layers for region in layer.ffn.values()}
+    moves: dict[int | None, Moves] = {}
+    for name in model.names():
+        layer = owners.get(name)
+        index = layer.index if layer else None
+        if name in ffn and layer is not None:
+            if name == layer.ffn[PROJECTIONS[0]].tensor:
+                tensors.extend(_specs(mixture, layer))
+                own, copies = fill(layer, mixture.experts[layer.index])
+                units.extend(own)
+                moves.setdefault(index, []).extend(copies)
+            continue
+        shape = shapes.get(name, model.checkpoint.tensors[name].shape)
+        tensors.append(TensorSpec(name, model.dtype(name), shape))
+        if keep is None:
+            moves.setdefault(index, []).append((model.whole(name), [model.whole(name)]))
+        else:
+            units.extend(keep(name, index))
+    for index, found in moves.items():
+        if found:
+            label = "outer" if index is None else f"layer.{index}"
+            units.append(copy_unit(f"{label}.copies", found, layer=index))
+    units.sort(key=lambda unit: (unit.layer is None, unit.layer or 0))
+    return Draft(mixture.raw, tensors, units, exactness, notes=notes)
+
+
+def router_unit(layer: Layer, experts: Experts, std: float, *, repeat: int = 1) -> Unit:
+    """Draws the router's rows from N(0, std^2), each ``repeat`` times over."""
+    return Unit(
+        f"layer.{layer.index}.router",
+        "transform",
+        layer.index,
+        writes=(experts.router,),
+        params={"part": "router", "std": std, "repeat": repeat},
+        memory=16 * experts.count * experts.hidden,
+    )
+
+
+def neutral_units(mixture: Mixture, layer: Layer) -> list[Unit]:
+    """The unit that fills a required shared expert so that it contributes nothing; none where none is required."""
+    shared = mixture.shared(layer)
+    if not shared:
+        return []
+    width, hidden = shared["gate"].shape
+    return [
+        Unit(
+            f"layer.{layer.index}.shared",
+            "transform",
+            layer.index,
+            reads=tuple(layer.ffn[projection].rows(0, width) for projection in ("gate", "up")),
+            writes=tuple(shared.values()),
+            params={"part": "neutral"},
+            memory=32 * width * hidden,
+        )
+    ]
+
+
+def copies(layer: Layer, experts: Experts) -> Moves:
+    """The whole feed-forward into every expert."""
+    return [
+        (
+            layer.ffn[projection],
+            [experts.region(expert, projection) for expert in range(experts.count)],
+        )
+        for projection in PROJECTIONS
+    ]
+
+
+def identical_experts(mixture: Mixture) -> Exactness:
+    """What identical experts of the parent's width promise: sum of the selected weights times the parent."""
+    if mixture.rule.weights_sum_to_one:
+        return Exactness(
+            "exact",
+            f"identical experts, and the weights of {mixture.family.model_type}'s selected experts sum to one",
+        )
+    return Exactness(
+        "approximate",
+        f"{mixture.family.model_type} does not normalise the selected weights, so outputs shrink by their sum",
+    )
+
+
+def fill_common(work: Work) -> dict[str, object] | None:
+    """Run a unit of `router_unit` or `neutral_units`; None if it is the method's own."""
+    part = work.params["part"]
+    if part == "router":
+        return _draw_router(work)
+    if part == "neutral":
+        return _fill_neutral(work)
+    return None
+
+
+def _draw_router(work: Work) -> dict[str, object]:
+    import torch
+
+    (region,) = work.unit.writes
+    repeat = work.params["repeat"]
+    shape = (region.shape[0] // repeat, region.shape[1])
+    draw = work.rng("router", work.layer).standard_normal(shape, dtype="float32")
+    rows = torch.from_numpy(draw) * work.params["std"]
+    if repeat > 1:
+        _refuse_ties(work, rows, region)
+    work.write(region, rows.repeat_interleave(repeat, dim=0))
+    return {}
+
+
+def _refuse_ties(work: Work, rows: torch.Tensor, region: Region) -> None:
+    """Groups whose rows coincide as they are stored would be selected in parts."""
+    import torch
+
+    stored = work.stored(region, rows)
+    if len(torch.unique(stored.float(), dim=0)) < len(stored):
+        raise InputError(
+            f"{region.tensor}: rows of two groups are tied in the stored type",
+            hint="choose a larger --router-std",
+        )
+
+
+def _fill_neutral(work: Work) -> dict[str, object]:
+    import torch
+
+    gate, up, *rest = work.unit.writes
+    for source, target in zip(work.unit.reads, (gate, up), strict=True):
+        work.write(target, work.read(source))
+    for region in rest:
+        work.write(region, torch.zeros(region.shape))
+    return {}
+
+
+def _target(model: Model, name: str | None, *, sharing: bool) -> tuple[Family, MoE, DenseTarget]:
+    parent = model.family.model_type
+    fitting = {
+        family.model_type: (family, family.moe, family.target)
+        for family in families().values()
+        if family.moe is not None
+        and family.target is not None
+        and parent in family.target.parents
+        and (family.target.shared_size is not None or not sharing)
+    }
+    if not fitting:
+        kind = "with a shared expert " if sharing else ""
+        raise InputError(
+            f"{model.folder}: no supported MoE family {kind}holds the blocks of {parent}"
+        )
+    if name is None:
+        # A family that would need a neutral shared expert comes after those that do without.
+        plain = [found for found in fitting.values() if not found[2].neutral_shared]
+        return (plain or list(fitting.values()))[0]
+    if name not in fitting:
+        known = families().get(name)
+        holds = known is not None and known.target is not None and parent in known.target.parents
+        reason = "it has no shared expert" if holds else "its attention differs"
+        raise InputError(
+            f"{model.folder}: a {parent} model cannot become {name}: {reason}",
+            hint=f"for {parent} use --target {' or '.join(fitting)}",
+        )
+    return fitting[name]
+
+
+def _check_width(model: Model, width: int) -> None:
+    """Stock transformers multiplies all experts at once, with a kernel that wants rows of whole 16 bytes."""
+    for layer in model.layers:
+        size = element_bytes(model.dtype(layer.ffn["gate"].tensor))
+        if width * size % 16:
+            raise InputError(
+                f"{model.folder}: experts of {width} neurons do not run in stock transformers, "
+                f"whose grouped product takes multiples of {16 // size} in this type",
+                hint=f"choose a width that is a multiple of {16 // size}",
+            )
+
+
+def _specs(mixture: Mixture, layer: Layer) -> list[TensorSpec]:
+    model = mixture.model
+    dtypes = {model.dtype(region.tensor) for region in layer.ffn.values()}
+    if len(dtypes) > 1:
+        raise InputError(
+            f"{model.folder}: layer {layer.index}: the feed-forward mixes types {sorted(dtypes)}"
+        )
+    (dtype,) = dtypes
+    experts = mixture.experts[layer.index]
+    shapes: dict[str, Any] = dict(
+        experts.layout.shapes(experts.count, experts.hidden, experts.width)
+    )
+    shapes.update(mixture.moe.shared(mixture.config))
+    return [TensorSpec(layer.prefix + name, dtype, shape) for name, shape in shapes.items()]
