@@ -56,6 +56,11 @@ def plan_merge(
             "each token selects",
             hint=f"use --experts {model.rule.top_k} or more",
         )
+    if experts < model.rule.least_experts:
+        raise InputError(
+            f"{model.folder}: the router of {model.family.model_type} needs at least "
+            f"{model.rule.least_experts} experts, --experts {experts} asked for"
+        )
     tied = router == "tied"
     if model.rule.groups > 1 and not tied and experts != model.experts:
         raise InputError(
