@@ -56,17 +56,17 @@ def plan_merge(
             "each token selects",
             hint=f"use --experts {model.rule.top_k} or more",
         )
-    if experts < model.rule.least_experts:
-        raise InputError(
-            f"{model.folder}: the router of {model.family.model_type} needs at least "
-            f"{model.rule.least_experts} experts, --experts {experts} asked for"
-        )
     tied = router == "tied"
     if model.rule.groups > 1 and not tied and experts != model.experts:
         raise InputError(
             f"{model.folder}: tokens select experts within {model.rule.groups} groups, and merging would move "
             "experts from one group to another",
             hint="--router tied keeps every expert's place",
+        )
+    if not tied and experts < model.rule.least_experts:
+        raise InputError(
+            f"{model.folder}: the router of {model.family.model_type} needs at least "
+            f"{model.rule.least_experts} experts, --experts {experts} asked for"
         )
     count = model.experts if tied else experts
     tensors: list[TensorSpec] = []
