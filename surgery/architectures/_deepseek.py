@@ -12,7 +12,7 @@ CORRECTED_PER_EXPERT = per_expert(correction=CORRECTION)
 
 def sigmoid_rule(config: Config) -> RouterRule:
     """Sigmoid scores; the best of score plus correction within the best groups; weights without correction."""
-    groups, top_groups = group_limits(config)
+    groups, top_groups = group_limits(config, 2)
     return RouterRule(
         "sigmoid",
         config.integer("num_experts_per_tok"),
@@ -21,12 +21,16 @@ def sigmoid_rule(config: Config) -> RouterRule:
         epsilon=1e-20,
         groups=groups,
         top_groups=top_groups,
+        group_size=2,
         ordered=False,
     )
 
 
-def group_limits(config: Config) -> tuple[int, int]:
+def group_limits(config: Config, least: int) -> tuple[int, int]:
     """Groups of experts and how many a token may select from.
+
+    Args:
+        least: fewest experts a group may have.
 
     Raises:
         InputError: the experts cannot be parted so, or the chosen groups hold too few.
@@ -34,7 +38,7 @@ def group_limits(config: Config) -> tuple[int, int]:
     groups = config.integer("n_group")
     chosen = config.integer("topk_group")
     experts = config.integer("n_routed_experts", "num_local_experts", "num_experts")
-    if experts % groups or chosen > groups:
+    if experts % groups or chosen > groups or experts // groups < least:
         raise InputError(
             f"{config.where}: {experts} experts in {groups} groups (n_group), of which {chosen} are "
             "chosen (topk_group), is impossible"

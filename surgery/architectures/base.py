@@ -39,7 +39,7 @@ class RouterRule:
         least_sum: what the sum that divides is at least.
         groups: consecutive experts form this many groups of one size; 1 selects among all.
         top_groups: groups that selection is limited to.
-        group_size: best (biased) scores whose sum is a group's score.
+        group_size: best (biased) scores whose sum is a group's score; no group may hold fewer experts.
         ordered: whether stock sorts the selected experts by score.
         jitter: of ``sparsemixer``: logits further than twice this, relatively, below the best do not count.
     """
@@ -53,9 +53,14 @@ class RouterRule:
     least_sum: float = 0.0
     groups: int = 1
     top_groups: int = 1
-    group_size: int = 2
+    group_size: int = 1
     ordered: bool = True
     jitter: float = 0.0
+
+    @property
+    def least_experts(self) -> int:
+        """Fewest experts the stock router runs with."""
+        return max(self.top_k, self.groups * self.group_size)
 
     @property
     def weights_sum_to_one(self) -> bool:

@@ -26,7 +26,7 @@ def _rule(config: Config) -> RouterRule:
     method = config.get("topk_method")
     groups, chosen = 1, 1
     if method == "group_limited_greedy":
-        groups, chosen = group_limits(config)
+        groups, chosen = group_limits(config, 1)
     elif method != "greedy":
         raise InputError(
             f"{config.where}: topk_method {method!r} is unknown, expected greedy or "
@@ -39,7 +39,6 @@ def _rule(config: Config) -> RouterRule:
         scaling=config.number("routed_scaling_factor", 1.0),
         groups=groups,
         top_groups=chosen,
-        group_size=1,
         ordered=False,
     )
 

@@ -175,7 +175,7 @@ def test_merged_models_load_and_generate(
     merged = Model.open(tmp_path / "out")
     assert merged.experts == 4
     generated = stock(tmp_path / "out").generate(
-        token_ids(source, rows=1), max_new_tokens=2, do_sample=False
+        token_ids(source, rows=1), min_new_tokens=2, max_new_tokens=2, do_sample=False
     )
     assert generated.shape[1] == 26
     check_routing(Model.open(source), merged, router, tmp_path / "out")
@@ -311,7 +311,8 @@ def test_experts_of_a_layer_can_be_replaced(checkpoint: Checkpoint) -> None:
     [
         ("deepseek_v2", {"norm_topk_prob": True}, "ignores in DeepSeek-V2"),
         ("deepseek_v3", {"n_group": 4, "topk_group": 5}, "impossible"),
-        ("deepseek_v3", {"n_group": 8, "topk_group": 1}, "hold fewer"),
+        ("deepseek_v3", {"n_group": 8, "topk_group": 8}, "impossible"),
+        ("deepseek_v3", {"n_group": 4, "topk_group": 1, "num_experts_per_tok": 3}, "hold fewer"),
         ("hunyuan_v1_moe", {"moe_topk": [2, 2, 3]}, "different numbers of experts"),
         ("phimoe", {"num_experts_per_tok": 3}, "2 experts only"),
     ],
@@ -324,6 +325,16 @@ def test_routers_that_cannot_be_are_refused(
     (folder / "config.json").write_text(json.dumps({**config, **overrides}))
     with pytest.raises(InputError, match=problem):
         Model.open(folder)
+
+
+def test_a_router_that_adds_two_scores_needs_two_experts(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    source = checkpoint("glm4_moe", num_experts_per_tok=1)
+    with pytest.raises(InputError, match="at least 2 experts"):
+        operate("merge", "m-smoe", source, tmp_path / "out", experts=1, dry_run=True)
+    operate("merge", "m-smoe", source, tmp_path / "out", experts=2, tokens=128)
+    stock(tmp_path / "out")(input_ids=token_ids(source))
 
 
 def test_one_number_for_all_layers_may_be_a_list(checkpoint: Checkpoint) -> None:

@@ -44,9 +44,9 @@ def test_defaults_are_those_of_stock(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_shapes_are_those_of_the_full_size(family: str) -> None:
-    """Every tensor of a five-layer model of the family's own sizes, with what the defaults fill in left out."""
+    """Every tensor of a four-layer model of the family's own sizes, with what the defaults fill in left out."""
     facts = families()[family]
-    config = stock_config(family, num_hidden_layers=5)
+    config = stock_config(family, num_hidden_layers=4)
     model_class: Any = getattr(transformers, facts.class_name)
     with torch.device("meta"):
         shapes = {
@@ -69,5 +69,5 @@ def test_shapes_are_those_of_the_full_size(family: str) -> None:
     mixtures = [layer.index for layer in model.layers if layer.experts is not None]
     experts = facts.moe.stock.names["down"] if facts.moe else ""
     assert mixtures == [
-        index for index in range(5) if facts.prefix.format(layer=index) + experts in shapes
+        index for index in range(4) if facts.prefix.format(layer=index) + experts in shapes
     ]

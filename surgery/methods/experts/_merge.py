@@ -77,6 +77,11 @@ def plan_merge(
             "experts from one group to another",
             hint="--router tied keeps every expert's place",
         )
+    if not tied and experts < model.rule.least_experts:
+        raise InputError(
+            f"{model.folder}: the router of {model.family.model_type} needs at least "
+            f"{model.rule.least_experts} experts, --experts {experts} asked for"
+        )
     count = model.experts if tied else experts
     tensors: list[TensorSpec] = []
     units: list[Unit] = []
