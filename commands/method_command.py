@@ -10,7 +10,7 @@ import copy
 import difflib
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
@@ -22,9 +22,11 @@ from typer.core import TyperCommand
 
 from moesurg.surgery import methods
 from moesurg.surgery.errors import MoesurgError, UsageError
-from moesurg.surgery.methods.base import Method
 
 from . import method_options
+
+if TYPE_CHECKING:
+    from moesurg.surgery.methods.base import Method
 
 _PARAMETERS = "moesurg.parameters"
 METHOD, VALUES = "moesurg.method", "moesurg.options"

@@ -10,14 +10,26 @@ import dataclasses
 import inspect
 from collections.abc import Sequence
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    Union,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import typer
 import typer.main
 from rich.markup import escape
 
 from moesurg.surgery.errors import MoesurgError
-from moesurg.surgery.methods.base import Method
+
+if TYPE_CHECKING:
+    from moesurg.surgery.methods.base import Method
 
 
 def parameters(method: Method, *, taken: Sequence[Any] = ()) -> list[Any]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .architectures.model import Model
 from .checkpoint.dtypes import torch_dtype
+from .checkpoint.finite import first_non_finite
 from .checkpoint.layout import lay_out
 from .checkpoint.reader import TensorReader
 from .checkpoint.region import Region
@@ -176,14 +177,17 @@ class Work:
             )
         spec = self._runner.specs[region.tensor]
         cast = tensor.to(torch_dtype(spec.dtype))
-        if not bool(torch.isfinite(cast).all()):
+        flat = cast.contiguous().view(torch.uint8).reshape(-1).numpy().data
+        if first_non_finite(flat, spec.dtype) is not None:
             raise InputError(
                 f"unit {self.unit.id}: the result for {region.tensor!r} is not finite in {spec.dtype}",
                 hint="the input holds values too large for its type to be averaged",
             )
-        norm = float(tensor.double().norm())
-        if norm > 0:
-            error = float((cast.to(tensor.dtype) - tensor).double().norm()) / norm
+        norm = float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
+        # A cast to its own type is the tensor itself, which the difference in place would zero.
+        if norm > 0 and cast.dtype != tensor.dtype:
+            difference = cast.to(tensor.dtype).sub_(tensor)
+            error = float(torch.linalg.vector_norm(difference, dtype=torch.float64)) / norm
             self.casts[region.tensor] = max(self.casts.get(region.tensor, 0.0), error)
         self._put(region, cast)
         self._written.add(region)

@@ -280,7 +280,7 @@ class _Job:
             for unit in self.plan.units:
                 if unit.id in metrics:
                     written.add(unit, hasher)
-            todo = [unit for unit in self.plan.units if unit.id not in metrics]
+            todo = self._in_file_order([u for u in self.plan.units if u.id not in metrics])
             self.progress.stage(self.request.method, len(self.plan.units))
             self.progress.advance(len(metrics))
 
@@ -301,6 +301,15 @@ class _Job:
                 close()
             staging.flush(writer.sync)
             return hasher.finish(), metrics
+
+    def _in_file_order(self, units: Sequence[Unit]) -> list[Unit]:
+        """Units by where they write, so that files fill from their start and are hashed meanwhile."""
+        place = {
+            name: (index, begin)
+            for index, shard in enumerate(self.shards)
+            for name, begin in shard.begin.items()
+        }
+        return sorted(units, key=lambda unit: min(place[r.tensor] for r in unit.written()))
 
     def _executor(self, folder: Path) -> tuple[Executor, Any]:
         if self.workers > 1:

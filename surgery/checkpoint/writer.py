@@ -160,6 +160,7 @@ class ShardWriter:
             fd = self._descriptor(file)
         for at, piece in pieces:
             fs.pwrite(fd, piece, at, self.folder / file)
+            fs.start_writeback(fd, at, len(piece))
         # Only now: marked before, a sync in between would take the mark away without the bytes.
         with self._guard:
             self._dirty.add(file)

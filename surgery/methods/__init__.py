@@ -6,9 +6,12 @@ import importlib
 import pkgutil
 from functools import cache
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from ..errors import UsageError
-from .base import Method
+
+if TYPE_CHECKING:
+    from .base import Method
 
 FOLDERS = {"upcycle": ("upcycle",), "merge": ("experts",)}
 """Which folders hold the methods of a command."""
@@ -50,6 +53,9 @@ def _listing(command: str) -> list[tuple[str, str]]:
 
 
 def _method(command: str, name: str, module: ModuleType) -> Method:
+    # Only here: listing names must stay cheap, because every start of the program does it.
+    from .base import Method
+
     return Method(
         command=command,
         name=name,

@@ -42,12 +42,20 @@ def main() -> None:
             resume=resume,
             force=force,
             workers=1,
-            max_shard_bytes=60_000,
+            max_shard_bytes=100_000,
         )
         run(request, Silent())
 
+    # Imported here once, so that hundreds of children need not.
+    import scipy.optimize
     import torch
 
+    import moesurg.surgery.calibration.run
+    import moesurg.surgery.linalg.permutation
+    import moesurg.surgery.linalg.svd
+
+    assert scipy.optimize
+    assert moesurg.surgery.linalg.permutation
     torch.set_num_threads(1)
     expected_at = folder / "expected"
     with no_waiting():

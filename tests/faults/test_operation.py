@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +19,14 @@ import torch
 
 from moesurg.surgery.calibration.run import calibrate
 from moesurg.surgery.checkpoint import fs
-from moesurg.surgery.errors import InputError, MoesurgError, RefusedError, VerificationError
+from moesurg.surgery.errors import (
+    InputError,
+    Interrupted,
+    MoesurgError,
+    RefusedError,
+    VerificationError,
+)
+from moesurg.surgery.operation import Request, run
 from moesurg.surgery.progress import Silent
 from moesurg.surgery.verification import verify
 from tests.faults.harness import digest, effects, failing_at
@@ -48,7 +58,7 @@ def statistics(source: Path, output: Path) -> Path:
 def test_killed_at_any_effect_it_resumes_to_the_same_bytes(
     checkpoint: Checkpoint, tmp_path: Path, root: Path, command: str
 ) -> None:
-    source = checkpoint("llama" if command == "upcycle" else "qwen3_moe", num_hidden_layers=2)
+    source = checkpoint("llama" if command == "upcycle" else "qwen3_moe", num_hidden_layers=1)
     words = [command, str(source), str(tmp_path / "work")]
     (tmp_path / "work").mkdir()
     if command == "merge":
@@ -62,6 +72,66 @@ def test_killed_at_any_effect_it_resumes_to_the_same_bytes(
     )
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert json.loads(done.stdout)["effects"] > 30
+
+
+class Interrupting(Silent):
+    """Sends this process a signal once some units are done, as a user at the keyboard would."""
+
+    def __init__(self, which: signal.Signals, after: int) -> None:
+        self._which, self._left = which, after
+        self.notes: list[str] = []
+
+    def advance(self, count: int = 1) -> None:
+        self._left -= count
+        if self._left == 0:
+            os.kill(os.getpid(), self._which)
+
+    def note(self, sentence: str) -> None:
+        self.notes.append(sentence)
+
+
+@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_between_units_and_the_run_can_be_resumed(
+    checkpoint: Checkpoint, tmp_path: Path, which: signal.Signals
+) -> None:
+    source = checkpoint("llama")
+    operate("upcycle", "sparse", source, tmp_path / "whole", experts=4, workers=1)
+    request = Request(
+        "upcycle", "sparse", (str(source),), tmp_path / "out", {"experts": 4}, workers=1
+    )
+    progress = Interrupting(which, after=3)
+    before = signal.getsignal(which)
+    with pytest.raises(Interrupted) as caught:
+        run(request, progress)
+    assert caught.value.exit_code == 128 + which
+    assert len(progress.notes) == 1
+    assert signal.getsignal(which) == before
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out.moesurg-tmp" / "journal.jsonl").is_file()
+    with pytest.raises(RefusedError, match="interrupted run has left"):
+        run(request, Silent())
+    with pytest.raises(RefusedError, match="for seed"):
+        run(dataclasses.replace(request, resume=True, seed=1), Silent())
+    run(dataclasses.replace(request, resume=True), Silent())
+    assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+    assert run(dataclasses.replace(request, resume=True), Silent())["already_complete"]
+
+
+def test_a_resume_refuses_an_input_that_changed(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(checkpoint("llama"), source)
+    request = Request(
+        "upcycle", "sparse", (str(source),), tmp_path / "out", {"experts": 4}, workers=1
+    )
+    with pytest.raises(Interrupted):
+        run(request, Interrupting(signal.SIGINT, after=3))
+    weights = source / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(bytes(data))
+    with pytest.raises(RefusedError, match=r"model\.safetensors: changed since"):
+        run(dataclasses.replace(request, resume=True), Silent())
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])

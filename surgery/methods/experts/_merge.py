@@ -307,6 +307,8 @@ def _average(
     Returns the merged projections and, per projection, the spread: the root of the weighted mean squared
     distance of the members from their mean, relative to their root mean square.
     """
+    import torch
+
     from ...linalg.svd import leading_left
 
     members, weights = grouping.groups[slot], grouping.weights[slot]
@@ -332,7 +334,7 @@ def _average(
             }
         for projection, matrix in matrices.items():
             wide = matrix.double()
-            squares[projection] += weight * float(wide.square().sum())
+            squares[projection] += weight * float(torch.linalg.vector_norm(wide)) ** 2
             if projection in sums:
                 sums[projection].add_(wide, alpha=weight)
             else:
@@ -345,7 +347,7 @@ def _average(
         metrics["alignment"] = matching
     spread, truncation = {}, {}
     for projection, mean in sums.items():
-        variance = squares[projection] - float(mean.square().sum())
+        variance = squares[projection] - float(torch.linalg.vector_norm(mean)) ** 2
         spread[projection] = (max(0.0, variance) / max(squares[projection], 1e-300)) ** 0.5
         if rank:
             basis_OR = leading_left(grams[projection], rank)
