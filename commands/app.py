@@ -13,7 +13,7 @@ import typer
 from moesurg.surgery import __version__
 from moesurg.surgery.errors import MoesurgError
 
-from . import calibrate, evaluate, inspect, merge, methods, output, upcycle, verify
+from . import calibrate, compress, evaluate, inspect, merge, methods, output, upcycle, verify
 from .method_command import METHOD
 
 EXIT_CODES = {
@@ -31,7 +31,8 @@ EXIT_CODES = {
 
 HELP = """Surgery on language-model checkpoints, offline and without training.
 
-Grow a dense model into a mixture of experts, merge the experts of a mixture into fewer, and measure what it cost.
+Grow a dense model into a mixture of experts, merge the experts of a mixture into fewer, store layers at low rank,
+and measure what it cost.
 """
 
 app = typer.Typer(
@@ -62,7 +63,7 @@ def _main(
     """Options of the program itself."""
 
 
-for _command in (upcycle, merge, calibrate, inspect, evaluate, verify, methods):
+for _command in (upcycle, merge, compress, calibrate, inspect, evaluate, verify, methods):
     _command.register(app)
 
 

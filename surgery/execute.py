@@ -121,6 +121,13 @@ class Work:
         """The first (often only) source."""
         return self._runner.models[0]
 
+    @property
+    def statistics(self) -> Path:
+        """The folder of the run's statistics, for methods whose units read them."""
+        if self._runner.plan.statistics is None:
+            raise MoesurgError(f"unit {self.unit.id}: the run has no statistics")
+        return Path(self._runner.plan.statistics)
+
     @cached_property
     def layer(self) -> int:
         if self.unit.layer is None:

@@ -8,7 +8,7 @@ import resource
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -215,8 +215,9 @@ class _Job:
             hashes, metrics = self._execute(staging, decision)
             self._finish(staging, decision, hashes, metrics, digests.finish())
             self.stop.check()
-            for name in ("statistics.json", "statistics.safetensors"):
-                staging.remove_file(name)
+            if self.statistics is not None:
+                for name in self.statistics.files:
+                    staging.remove_file(name)
             staging.commit()
         return False
 
@@ -259,6 +260,7 @@ class _Job:
             kept = {"layers": decided, "statistics": describe(found)}
             staging.record("decision", kept)
             staging.flush(lambda: None)
+        self.plan = replace(self.plan, statistics=str(self.statistics.folder(staging.path)))
         return kept
 
     def _execute(
@@ -318,7 +320,10 @@ class _Job:
         """Write everything that is not weights; the report last."""
         if self.statistics is not None:
             self.statistics.check(self.models[0], digests)
-        small: dict[str, bytes] = {"config.json": config_bytes(self.draft.config)}
+        small: dict[str, bytes] = {
+            "config.json": config_bytes(self.draft.config, own_code=self.draft.tier == "custom"),
+            **self.draft.files,
+        }
         if len(self.shards) > 1:
             small[INDEX] = index_json(self.shards)
         for name, path in carried_files(self.models[0].folder).items():

@@ -108,6 +108,7 @@ class Plan:
         tensors: every output tensor in shard-filling order.
         units: the work.
         max_shard_bytes: how shards are cut.
+        statistics: the folder of the run's statistics, for methods whose units read them.
     """
 
     command: str
@@ -118,6 +119,7 @@ class Plan:
     tensors: tuple[TensorSpec, ...]
     units: tuple[Unit, ...]
     max_shard_bytes: int
+    statistics: str | None = None
 
     @property
     def bytes(self) -> int:
@@ -149,6 +151,7 @@ class Plan:
             "seed": self.seed,
             "sources": list(self.sources),
             "max_shard_bytes": self.max_shard_bytes,
+            "statistics": self.statistics,
             "tensors": [[spec.name, spec.dtype, list(spec.shape)] for spec in self.tensors],
             "units": [unit.to_json() for unit in self.units],
         }
@@ -168,6 +171,7 @@ class Plan:
             ),
             units=tuple(Unit.from_json(item) for item in data["units"]),
             max_shard_bytes=data["max_shard_bytes"],
+            statistics=data["statistics"],
         )
 
 

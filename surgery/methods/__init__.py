@@ -10,7 +10,7 @@ from types import ModuleType
 from ..errors import UsageError
 from .base import Method
 
-FOLDERS = {"upcycle": ("upcycle",), "merge": ("experts",)}
+FOLDERS = {"upcycle": ("upcycle",), "merge": ("experts",), "compress": ("compress",)}
 """Which folders hold the methods of a command."""
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..calibration.statistics import Statistics
     from ..execute import Work
 
-DataNeed = Literal["none", "routed", "all-expert"]
+DataNeed = Literal["none", "routed", "all-expert", "gram"]
 Tier = Literal["stock", "padded", "custom"]
 
 
@@ -81,6 +81,7 @@ class Draft:
         exactness: predicted relation to the first source.
         tier: how the output loads.
         notes: sentences for plan and report.
+        files: further small files of the output by name, such as model code.
     """
 
     config: dict[str, object]
@@ -89,6 +90,7 @@ class Draft:
     exactness: Exactness
     tier: Tier = "stock"
     notes: Sequence[str] = ()
+    files: Mapping[str, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
