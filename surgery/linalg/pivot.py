@@ -38,7 +38,6 @@ class Pivoted:
         return Pivoted(self.rows_RN.to(dtype), self.coef_SR.to(dtype), self.index_R)
 
 
-
 def pack(left_MR: torch.Tensor, right_RN: torch.Tensor) -> Pivoted:
     """The product of two factors by pivot rows. A left factor of lower rank than R is handled too."""
     wide_MR = left_MR.double()

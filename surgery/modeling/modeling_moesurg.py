@@ -121,6 +121,8 @@ def __getattr__(name: str) -> type:
     if kind == "Config":
         made = _config_class(stock)
     else:
-        made = _model_class(stock, globals().get(f"Moesurg{family}Config") or __getattr__(f"Moesurg{family}Config"))
+        made = _model_class(
+            stock, globals().get(f"Moesurg{family}Config") or __getattr__(f"Moesurg{family}Config")
+        )
     globals()[name] = made
     return made

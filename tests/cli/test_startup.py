@@ -45,6 +45,7 @@ def probe(*arguments: str) -> tuple[int, set[str], float]:
         ["upcycle", "--help"],
         ["merge", "--help"],
         ["merge", "--method", "sub-moe", "--help"],
+        ["compress", "--method", "svd-llm", "--help"],
         ["calibrate", "--help"],
         ["inspect", "--help"],
         ["eval", "--help"],

@@ -15,9 +15,9 @@ from moesurg.surgery.linalg.whitening import truncate_whitened
 def planted(rows: int, columns: int, spectrum: torch.Tensor, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     left, right = (
-        torch.linalg.qr(
-            torch.randn(size, len(spectrum), generator=generator, dtype=torch.float64)
-        )[0]
+        torch.linalg.qr(torch.randn(size, len(spectrum), generator=generator, dtype=torch.float64))[
+            0
+        ]
         for size in (rows, columns)
     )
     return left * spectrum @ right.T

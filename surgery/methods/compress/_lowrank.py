@@ -21,16 +21,12 @@ if TYPE_CHECKING:
     from ...execute import Work
     from ...linalg.lowrank import LowRank
 
-RATIO_HELP = (
-    "fraction of the targeted matrices' numbers to remove, above 0 and below 1 (0.2: a fifth is removed)"
-)
+RATIO_HELP = "fraction of the targeted matrices' numbers to remove, above 0 and below 1 (0.2: a fifth is removed)"
 FORM_HELP = (
     "how a matrix of low rank is stored; pivot: some of its rows and the coefficients of the others; factors: two "
     "matrices; dense: as before, at the rank of the pivot form, which saves nothing and loads as stock"
 )
-TARGETS_HELP = (
-    "what to compress: all, or a comma-separated list of attention, ffn and single roles such as q,k,down"
-)
+TARGETS_HELP = "what to compress: all, or a comma-separated list of attention, ffn and single roles such as q,k,down"
 ALIGN_HELP = "round ranks down to a multiple of this where a matrix is large enough; 1 keeps all"
 
 
@@ -80,7 +76,8 @@ def plan_lowrank(
     tensors, units = _output(model, cut, ranks, form, params, memory)
     notes = _notes(chosen, cut, ranks, form)
     why = f"{len(cut)} matrices are replaced by matrices of lower rank"
-    config, files = dict(model.config.raw), {}
+    config = dict(model.config.raw)
+    files: dict[str, bytes] = {}
     if form != "dense":
         config, files = _custom(model, cut, ranks, form)
     tier: Any = "stock" if form == "dense" else "custom"
@@ -107,9 +104,7 @@ def choose(model: Model, targets: str) -> list[Linear]:
             )
     if not words:
         raise UsageError("--targets names nothing", hint="use all to compress every linear layer")
-    return [
-        linear for linear in every if {"all", linear.group, linear.role}.intersection(words)
-    ]
+    return [linear for linear in every if {"all", linear.group, linear.role}.intersection(words)]
 
 
 def write_lowrank(work: Work, found: LowRank) -> dict[str, object]:
@@ -224,9 +219,7 @@ def _rest(whole: Region, parts: list[Linear]) -> list[Region]:
     return found
 
 
-def _specs(
-    name: str, dtype: str, shape: tuple[int, int], rank: int, form: str
-) -> list[TensorSpec]:
+def _specs(name: str, dtype: str, shape: tuple[int, int], rank: int, form: str) -> list[TensorSpec]:
     rows, columns = shape
     module = name.removesuffix(".weight")
     if form == "factors":

@@ -82,7 +82,6 @@ def _largest(form: str, shape: Shape, budget: float) -> int:
 
 def _total(counts: Mapping[Shape, int], ranks: Mapping[Shape, int], form: str) -> int:
     return sum(
-        count
-        * (stored(form, shape, ranks[shape]) if shape in ranks else shape[0] * shape[1])
+        count * (stored(form, shape, ranks[shape]) if shape in ranks else shape[0] * shape[1])
         for shape, count in counts.items()
     )
