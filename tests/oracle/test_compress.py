@@ -21,6 +21,7 @@ from moesurg.surgery.linalg.whitening import truncate_whitened
 from moesurg.surgery.methods.compress._ranks import stored, uniform_ranks
 from moesurg.surgery.progress import Silent
 from moesurg.surgery.verify_custom import verify_custom
+from tests.faults.harness import digest
 from tests.oracle.helpers import custom, operate, rewrite, stock, tensors, token_ids
 
 Checkpoint = Callable[..., Path]
@@ -318,3 +319,28 @@ def test_foreign_model_code_is_never_run(checkpoint: Checkpoint, tmp_path: Path)
     code.write_bytes(code.read_bytes() + b"\nraise SystemExit('it was run')\n")
     with pytest.raises(VerificationError, match="is not the model code"):
         verify_custom(open_checkpoint(out), report, None, "cpu", Silent())
+
+
+def test_an_interrupted_run_takes_its_gram_matrices_up_again(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moesurg.surgery.methods.compress import svd_llm
+
+    source, transform, done = checkpoint("llama"), svd_llm.transform, 0
+
+    def stopping(work: Any) -> dict[str, object]:
+        nonlocal done
+        done += 1
+        if done == 5:
+            raise KeyboardInterrupt
+        return transform(work)
+
+    arguments: dict[str, Any] = {"ratio": RATIO, "tokens": 200, "workers": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr(svd_llm, "transform", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            operate("compress", "svd-llm", source, tmp_path / "out", **arguments)
+        assert not (tmp_path / "out").exists()
+        operate("compress", "svd-llm", source, tmp_path / "out", resume=True, **arguments)
+    operate("compress", "svd-llm", source, tmp_path / "whole", **arguments)
+    assert digest(tmp_path / "out") == digest(tmp_path / "whole")
