@@ -5,6 +5,8 @@ small side in float64; the factors come from W itself. ``--randomised`` uses a r
 iterations instead (Halko, Martinsson and Tropp, arXiv:0909.4061), which is faster for ranks below a tenth of the
 matrix and loses up to a few per cent more.
 
+The pivot form is PIFA (arXiv:2501.19090): R rows of the matrix and the coefficients of all others.
+
 No text is needed, and for language models that shows: weights that matter little to the outputs take most of the
 norm. Use ``svd-llm`` unless there is no text. One rank serves all matrices of a shape; it removes the asked fraction
 of the numbers that the form really stores. Routers, norms, embeddings and the head are copied.
@@ -33,8 +35,8 @@ if TYPE_CHECKING:
 
 INFO = MethodInfo(
     summary="nearest matrices of lower rank, in two factors or in pivot rows",
-    paper="arXiv:2501.19090 (pivot form)",
-    inputs="one dense model, or a mixture with --form dense",
+    paper="arXiv:2501.19090",
+    inputs="one dense model or mixture",
     data="none",
     tier="custom",
 )

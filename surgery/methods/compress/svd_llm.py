@@ -39,9 +39,9 @@ if TYPE_CHECKING:
     from ...execute import Work
 
 INFO = MethodInfo(
-    summary="matrices of lower rank that keep each layer's outputs on calibration text",
+    summary="lower rank that keeps every layer's outputs on text",
     paper="arXiv:2403.07378",
-    inputs="one dense model, or a mixture with --form dense",
+    inputs="one dense model or mixture",
     data="gram",
     tier="custom",
 )
