@@ -13,7 +13,18 @@ import typer
 from moesurg.surgery import __version__
 from moesurg.surgery.errors import MoesurgError
 
-from . import calibrate, evaluate, inspect, merge, methods, output, prune, upcycle, verify
+from . import (
+    calibrate,
+    compress,
+    evaluate,
+    inspect,
+    merge,
+    methods,
+    output,
+    prune,
+    upcycle,
+    verify,
+)
 from .method_command import METHOD
 
 EXIT_CODES = {
@@ -31,7 +42,8 @@ EXIT_CODES = {
 
 HELP = """Surgery on language-model checkpoints, offline and without training.
 
-Grow a dense model into a mixture of experts, merge or prune the experts of a mixture, and measure what it cost.
+Grow a dense model into a mixture of experts, merge or prune the experts of a mixture, store layers at low rank,
+and measure what it cost.
 """
 
 app = typer.Typer(
@@ -62,7 +74,17 @@ def _main(
     """Options of the program itself."""
 
 
-for _command in (upcycle, merge, prune, calibrate, inspect, evaluate, verify, methods):
+for _command in (
+    upcycle,
+    merge,
+    prune,
+    compress,
+    calibrate,
+    inspect,
+    evaluate,
+    verify,
+    methods,
+):
     _command.register(app)
 
 

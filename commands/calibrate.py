@@ -48,6 +48,15 @@ Trace = Annotated[
         rich_help_panel="Statistics",
     ),
 ]
+LinearGrams = Annotated[
+    bool,
+    typer.Option(
+        "--linear-grams",
+        help="Keep the Gram matrix of the inputs of every linear layer instead of statistics of experts, "
+        "for `compress`; of a dense model too.",
+        rich_help_panel="Statistics",
+    ),
+]
 
 
 def calibrate(
@@ -60,18 +69,25 @@ def calibrate(
     inputs: Inputs = 0,
     gram: Gram = False,
     trace: Trace = False,
+    linear_grams: LinearGrams = False,
     device: shared.Device = "cpu",
     force: shared.Force = False,
     resume: shared.Resume = False,
     as_json: shared.Json = False,
     quiet: shared.Quiet = False,
 ) -> None:
-    """Run text through a mixture, one layer at a time, and keep statistics of its experts.
+    """Run text through a model, one layer at a time, and keep statistics of its experts or linear layers.
 
-    The folder it writes serves every later merge of the same model, through `--calibration`.
+    The folder it writes serves every later merge (with `--linear-grams`, every later compression) of the same
+    model, through `--calibration`.
     """
     if output is None:
         raise UsageError("calibrate needs --output", hint="name the folder for the statistics")
+    if linear_grams and (routed_only or inputs or gram or trace):
+        raise UsageError(
+            "--linear-grams excludes the options of statistics of experts",
+            hint="run calibrate twice to have both",
+        )
     from moesurg.surgery.calibration import run
 
     with Reporter(quiet=quiet) as progress:
@@ -85,6 +101,7 @@ def calibrate(
             inputs=inputs,
             gram=gram,
             trace=trace,
+            linear_grams=linear_grams,
             device=device,
             force=force,
             resume=resume,

@@ -152,5 +152,6 @@ def _sources_and_needs(method: Method) -> str:
         "none": "no text",
         "routed": "routing statistics of some text",
         "all-expert": "outputs of every expert on some text",
+        "gram": "Gram matrices of every linear layer's inputs on some text",
     }[info.data]
     return f"Takes {info.inputs}; needs {needs}; output loads as {info.tier}.{paper}"

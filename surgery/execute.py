@@ -59,9 +59,18 @@ class Runner:
         """The run's statistics, opened by this process when a unit first asks for their rows."""
         from .calibration.statistics import Statistics
 
+        return Statistics.open(self.statistics_folder)
+
+    @property
+    def statistics_folder(self) -> Path:
+        """Where the run's statistics lie.
+
+        Raises:
+            MoesurgError: the run has none.
+        """
         if not self.plan.statistics:
             raise MoesurgError(f"method {self.plan.method} asked for statistics it did not plan")
-        return Statistics.open(self._folder / self.plan.statistics)
+        return self._folder / self.plan.statistics
 
     def close(self) -> None:
         for reader in self.readers:
@@ -136,6 +145,11 @@ class Work:
     def model(self) -> Model:
         """The first (often only) source."""
         return self._runner.models[0]
+
+    @property
+    def statistics(self) -> Path:
+        """The folder of the run's statistics, for methods whose units read them."""
+        return self._runner.statistics_folder
 
     @cached_property
     def layer(self) -> int:

@@ -220,8 +220,9 @@ class _Job:
             hashes, metrics = self._execute(staging, decision)
             self._finish(staging, decision, hashes, metrics, digests.finish())
             self.stop.check()
-            for name in ("statistics.json", "statistics.safetensors"):
-                staging.remove_file(name)
+            if self.statistics is not None:
+                for name in self.statistics.files:
+                    staging.remove_file(name)
             staging.commit()
         return False
 
@@ -346,7 +347,10 @@ class _Job:
         """Write everything that is not weights; the report last."""
         if self.statistics is not None:
             self.statistics.check(self.models[0], digests)
-        small: dict[str, bytes] = {"config.json": config_bytes(self.draft.config)}
+        small: dict[str, bytes] = {
+            "config.json": config_bytes(self.draft.config, own_code=self.draft.tier == "custom"),
+            **self.draft.files,
+        }
         if len(self.shards) > 1:
             small[INDEX] = index_json(self.shards)
         for name, data in carried_from_all([model.folder for model in self.models]).items():

@@ -52,11 +52,14 @@ def carried_from_all(folders: Sequence[Path]) -> dict[str, bytes]:
     return found
 
 
-def config_bytes(config: Mapping[str, object]) -> bytes:
-    """``config.json`` as transformers writes it: sorted, two spaces, a final newline."""
-    written = {
-        key: value for key, value in config.items() if key not in {"auto_map", "_name_or_path"}
-    }
+def config_bytes(config: Mapping[str, object], *, own_code: bool = False) -> bytes:
+    """``config.json`` as transformers writes it: sorted, two spaces, a final newline.
+
+    Args:
+        own_code: the output carries model code of ours, so its ``auto_map`` stays; a source's never does.
+    """
+    dropped = {"_name_or_path"} if own_code else {"auto_map", "_name_or_path"}
+    written = {key: value for key, value in config.items() if key not in dropped}
     return (json.dumps(written, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 

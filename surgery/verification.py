@@ -10,12 +10,13 @@ from typing import Any, cast
 from .architectures.model import Model
 from .checkpoint.header import read_json
 from .checkpoint.hub import resolve
-from .checkpoint.reader import TensorReader, contained, file_digest
+from .checkpoint.reader import Checkpoint, TensorReader, contained, file_digest, open_checkpoint
 from .errors import InputError, MoesurgError, VerificationError
 from .executors.base import memory_budget
 from .progress import Progress
 from .report.record import SCHEMA_VERSION, self_digest
 from .seeding import stream
+from .verify_custom import verify_custom
 
 CHECK_TOKENS = 512
 """Tokens of text on which the promised exactness is measured."""
@@ -26,6 +27,7 @@ def verify(
 ) -> dict[str, Any]:
     """Check an output folder against its report.
 
+    An output with model code of its own is loaded with the installed copy of that code, never with the folder's.
     In this order: the report's own digest; size and SHA-256 of every file; headers, names and shapes; that
     every weight is finite; that stock transformers loads it without a missing or unexpected key; and, where
     the report promises exactness and the source is at hand, the largest difference of logits on text, in float32.
@@ -47,12 +49,18 @@ def verify(
     report = _report(path)
     _files(path, report, progress)
     try:
-        model = Model.open(path)
-        _weights(model, progress)
+        custom = report["tier"] == "custom"
+        model = None if custom else Model.open(path)
+        checkpoint = open_checkpoint(path) if model is None else model.checkpoint
+        _weights(checkpoint, progress)
     except InputError as error:
         raise VerificationError(error.message, hint=error.hint) from error
-    loaded = _loads(path, report, progress)
-    exactness = _exactness(model, report, reference, device, progress)
+    if model is None:
+        source = _source(report, reference)
+        loaded, exactness = verify_custom(checkpoint, report, source, device, progress)
+    else:
+        loaded = _loads(path, report, progress)
+        exactness = _exactness(model, report, reference, device, progress)
     known = set(report["output"]["files"]) | {"report.json"}
     return {
         "schema_version": SCHEMA_VERSION,
@@ -60,7 +68,7 @@ def verify(
         "folder": folder,
         "verified": True,
         "files": len(report["output"]["files"]),
-        "tensors": len(model.checkpoint.tensors),
+        "tensors": len(checkpoint.tensors),
         "loads": loaded,
         "exactness": exactness,
         "not_in_report": sorted(entry.name for entry in path.iterdir() if entry.name not in known),
@@ -72,7 +80,7 @@ def _report(path: Path) -> dict[str, Any]:
     if not (path / "report.json").exists():
         raise InputError(
             f"{path}: has no report.json, so there is nothing to verify against",
-            hint="verify takes the output folder of upcycle or merge",
+            hint="verify takes the output folder of upcycle, merge or compress",
         )
     try:
         report = cast(dict[str, Any], read_json(contained(path, "report.json")))
@@ -106,12 +114,12 @@ def _files(path: Path, report: Mapping[str, Any], progress: Progress) -> None:
         progress.advance()
 
 
-def _weights(model: Model, progress: Progress) -> None:
+def _weights(checkpoint: Checkpoint, progress: Progress) -> None:
     """Read every tensor once, which refuses what is not finite."""
     buffer = memoryview(bytearray(4 << 20))
-    progress.stage("reading", len(model.checkpoint.tensors))
-    with TensorReader(model.checkpoint) as reader:
-        for info in model.checkpoint.tensors.values():
+    progress.stage("reading", len(checkpoint.tensors))
+    with TensorReader(checkpoint) as reader:
+        for info in checkpoint.tensors.values():
             for start in range(0, info.nbytes, len(buffer)):
                 length = min(len(buffer), info.nbytes - start)
                 reader.read_into(info, start, buffer[:length])

@@ -16,6 +16,10 @@ from hypothesis import settings
 
 # Nothing that is tested may reach for a network, and neither may a subprocess.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Where transformers copies the model code of custom outputs before it imports it.
+os.environ.setdefault(
+    "HF_MODULES_CACHE", str(Path(__file__).resolve().parent.parent / "build" / "hf-modules")
+)
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ.pop("MOESURG_DEBUG", None)
 # One thread a process, set before torch is imported: tests run side by side, and threads that outnumber the

@@ -17,6 +17,7 @@ from ..errors import InputError
 from ..methods.base import DataNeed
 from ..progress import Progress, Stop, stoppable
 from .corpus import Corpus, read_corpus
+from .gram_folder import FreshGrams, GivenGrams, Grams, calibrate_grams, layer_file
 from .sequences import Sequences, tokenise
 from .statistics import JSON_FILE, TENSOR_FILE, Statistics, model_digest
 
@@ -29,8 +30,12 @@ class StatisticsSource(Protocol):
     place: str
     """Their folder: absolute, or relative to the run's staging folder."""
 
-    def load(self, staging: Staging, progress: Progress, stop: Stop) -> Statistics:
+    def load(self, staging: Staging, progress: Progress, stop: Stop) -> Statistics | Grams:
         """The statistics, collected now if need be."""
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Files in the staging folder that are no part of the output."""
 
     def check(self, model: Model, digests: Mapping[Path, str]) -> None:
         """Raise InputError unless they are of exactly these weights."""
@@ -58,12 +63,16 @@ def statistics_source(
     Raises:
         InputError: a folder of another model or without what the method needs, or unusable text.
     """
+    if mode == "gram":
+        if calibration is None:
+            return FreshGrams(model, data, tokens, seq_len, device)
+        return GivenGrams(model, calibration)
     if calibration is None:
         return _Fresh(model, data, tokens, seq_len, mode, device, sample)
     return _Given(model, calibration, mode, sample)
 
 
-def describe(statistics: Statistics) -> dict[str, Any]:
+def describe(statistics: Statistics | Grams) -> dict[str, Any]:
     """What a report says of statistics."""
     text = statistics.manifest["text"]
     tokens = text.get("tokens") if isinstance(text, dict) else None
@@ -78,6 +87,8 @@ def describe(statistics: Statistics) -> dict[str, Any]:
 
 class _Given:
     """Statistics that ``moesurg calibrate`` made."""
+
+    files: tuple[str, ...] = ()
 
     def __init__(self, model: Model, folder: Path, mode: DataNeed, sample: int) -> None:
         self._folder = folder
@@ -118,6 +129,8 @@ class _Given:
 
 class _Fresh:
     """Statistics collected by the run itself, kept in its staging folder until the commit."""
+
+    files: tuple[str, ...] = (JSON_FILE, TENSOR_FILE)
 
     def __init__(
         self,
@@ -219,6 +232,7 @@ def calibrate(
     inputs: int,
     gram: bool,
     trace: bool,
+    linear_grams: bool,
     device: str,
     force: bool,
     resume: bool,
@@ -231,6 +245,7 @@ def calibrate(
         inputs: rows of each mixture's input to keep.
         gram: keep the Gram matrix of those inputs.
         trace: keep which experts every token selected.
+        linear_grams: collect the Gram matrices of all linear layers instead, of any model.
 
     Returns:
         What was collected, JSON values.
@@ -240,6 +255,27 @@ def calibrate(
     """
     started = time.monotonic()
     model = Model.open(resolve(source))
+    if linear_grams:
+        grams = calibrate_grams(
+            model,
+            output,
+            data=data,
+            tokens=tokens,
+            seq_len=seq_len,
+            device=device,
+            force=force,
+            resume=resume,
+            progress=progress,
+        )
+        return {
+            "schema_version": 1,
+            "command": "calibrate",
+            "output": str(output),
+            "layers": grams.layers,
+            **describe(grams),
+            "files": [JSON_FILE, *(layer_file(layer) for layer in grams.layers)],
+            "seconds": round(time.monotonic() - started, 3),
+        }
     if not model.moe_layers:
         raise InputError(f"{model.folder}: {model.family.model_type} has no experts to calibrate")
     corpus: Corpus = read_corpus(data)

@@ -83,6 +83,11 @@ class Statistics:
                 f"{manifest.get('schema_version')!r}",
                 hint="rerun moesurg calibrate with this version",
             )
+        if manifest.get("mode") == "gram":
+            raise InputError(
+                f"{folder}: holds Gram matrices of linear layers, not statistics of experts",
+                hint="rerun calibrate without --linear-grams",
+            )
         return cls(folder, manifest, read_header(contained(folder, TENSOR_FILE)))
 
     @cached_property

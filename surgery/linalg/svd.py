@@ -16,8 +16,12 @@ def leading_left(gram_OO: torch.Tensor, rank: int) -> torch.Tensor:
         [O, rank] float64, orthonormal columns, strongest first; the largest entry of each is positive.
     """
     _, vectors = torch.linalg.eigh((gram_OO + gram_OO.T) / 2)
-    leading = vectors.flip(1)[:, : min(rank, vectors.shape[1])]
-    top = leading.abs().argmax(dim=0)
-    signs = leading[top, torch.arange(leading.shape[1])].sign()
-    oriented: torch.Tensor = leading * torch.where(signs == 0, torch.ones_like(signs), signs)
+    return orient(vectors.flip(1)[:, : min(rank, vectors.shape[1])])
+
+
+def orient(vectors_OR: torch.Tensor) -> torch.Tensor:
+    """Columns with their signs fixed: the largest entry of each is positive."""
+    top = vectors_OR.abs().argmax(dim=0)
+    signs = vectors_OR[top, torch.arange(vectors_OR.shape[1], device=vectors_OR.device)].sign()
+    oriented: torch.Tensor = vectors_OR * torch.where(signs == 0, torch.ones_like(signs), signs)
     return oriented

@@ -13,7 +13,12 @@ from ..errors import UsageError
 if TYPE_CHECKING:
     from .base import Method
 
-FOLDERS = {"upcycle": ("upcycle",), "merge": ("experts",), "prune": ("prune",)}
+FOLDERS = {
+    "compress": ("compress",),
+    "merge": ("experts",),
+    "prune": ("prune",),
+    "upcycle": ("upcycle",),
+}
 """Which folders hold the methods of a command."""
 
 

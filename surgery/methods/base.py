@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ..execute import Work
     from ..weights import Weights
 
-DataNeed = Literal["none", "routed", "all-expert"]
+DataNeed = Literal["none", "routed", "all-expert", "gram"]
 Tier = Literal["stock", "padded", "custom"]
 
 
@@ -87,6 +87,7 @@ class Draft:
         tier: how the output loads.
         notes: sentences for plan and report.
         sample: rows of each mixture's input that these options need; ``work.inputs()`` gives them.
+        files: further small files of the output by name, such as model code.
     """
 
     config: dict[str, object]
@@ -96,6 +97,7 @@ class Draft:
     tier: Tier = "stock"
     notes: Sequence[str] = ()
     sample: int = 0
+    files: Mapping[str, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,17 @@ def parameters_of(command: str, method: str | None = None) -> list[Any]:
 
 
 def test_the_commands_are_the_documented_ones() -> None:
-    names = {"upcycle", "merge", "prune", "calibrate", "inspect", "eval", "verify", "methods"}
+    names = {
+        "upcycle",
+        "merge",
+        "prune",
+        "compress",
+        "calibrate",
+        "inspect",
+        "eval",
+        "verify",
+        "methods",
+    }
     assert set(COMMANDS) == names
 
 
@@ -61,7 +71,7 @@ def test_every_method_explains_itself(method: Any, call_cli: Callable[..., Any])
         assert flag in flat
 
 
-@pytest.mark.parametrize("command", ["merge", "prune", "upcycle"])
+@pytest.mark.parametrize("command", ["compress", "merge", "prune", "upcycle"])
 def test_help_without_a_method_lists_the_methods(
     command: str, call_cli: Callable[..., Any]
 ) -> None:

@@ -46,6 +46,7 @@ def probe(*arguments: str) -> tuple[int, set[str], float]:
         ["merge", "--help"],
         ["merge", "--method", "sub-moe", "--help"],
         ["prune", "--method", "naee", "--help"],
+        ["compress", "--method", "svd-llm", "--help"],
         ["calibrate", "--help"],
         ["inspect", "--help"],
         ["eval", "--help"],

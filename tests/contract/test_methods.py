@@ -18,7 +18,7 @@ from moesurg.surgery.methods.base import Method
 from moesurg.surgery.progress import Silent
 from moesurg.surgery.verification import verify
 from tests.faults.harness import digest
-from tests.oracle.helpers import operate, stock
+from tests.oracle.helpers import custom, operate, stock
 
 Checkpoint = Callable[..., Path]
 BF16 = {"dtype": "bfloat16"}
@@ -28,6 +28,7 @@ SOURCES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "prune": [("qwen3_moe", BF16)],
     "upcycle bam-fixed": [("llama", BF16), ("llama", {**BF16, "seed": 1})],
     "upcycle btx": [("llama", BF16), ("llama", {**BF16, "seed": 1})],
+    "compress": [("llama", BF16)],
 }
 """Sources that every method of a command takes, and those of methods that need others."""
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -35,6 +36,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "upcycle virtual-groups": {"granularity": 2},
 }
 """Options without which a method does not start, or not on these sources."""
+
+DEFAULTS: dict[str, Any] = {"experts": 4, "ratio": 0.3}
+"""Values for the options that methods require; each takes those it knows."""
 
 ALL = methods()
 
@@ -50,7 +54,7 @@ def key(method: Method) -> str:
 
 
 def options_of(method: Method) -> dict[str, Any]:
-    return {"experts": 4, **OPTIONS.get(key(method), {})}
+    return {**DEFAULTS, **OPTIONS.get(key(method), {})}
 
 
 @pytest.fixture
@@ -96,8 +100,11 @@ def test_the_output_is_what_the_dry_run_said(
 
 def test_the_output_loads_and_verifies(method: Method, sources: list[Path], tmp_path: Path) -> None:
     perform(method, sources, tmp_path / "out")
-    Model.open(tmp_path / "out")
-    stock(tmp_path / "out")
+    if method.info.tier == "custom":
+        custom(tmp_path / "out")
+    else:
+        Model.open(tmp_path / "out")
+        stock(tmp_path / "out")
     found = verify(str(tmp_path / "out"), reference=None, device="cpu", progress=Silent())
     assert found["verified"]
     assert found["not_in_report"] == []
@@ -140,7 +147,7 @@ def test_shards_hold_the_same_tensors(method: Method, sources: list[Path], tmp_p
         other = many.tensors[name]
         first = info.file.read_bytes()[info.begin : info.end]
         assert first == other.file.read_bytes()[other.begin : other.end]
-    stock(tmp_path / "many")
+    (custom if method.info.tier == "custom" else stock)(tmp_path / "many")
 
 
 def test_the_report_is_complete(method: Method, sources: list[Path], tmp_path: Path) -> None:

@@ -27,6 +27,24 @@ def stock(folder: Path) -> Any:
     return model.eval()
 
 
+def custom(folder: Path) -> Any:
+    """A custom output in float32, loaded by its own model code without a missing or unexpected key."""
+    from transformers import AutoModelForCausalLM
+
+    loader: Any = AutoModelForCausalLM
+    model, info = loader.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        local_files_only=True,
+        trust_remote_code=True,
+        output_loading_info=True,
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert not info["mismatched_keys"]
+    return model.eval()
+
+
 def token_ids(folder: Path, length: int = 24, rows: int = 3) -> torch.Tensor:
     from moesurg.surgery.checkpoint.header import read_json
 

@@ -1,0 +1,279 @@
+"""A folder of Gram matrices as methods read it, and where a run gets one from. Needs no torch to open."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import __version__
+from ..architectures.linears import linears
+from ..checkpoint.header import read_header, read_json
+from ..checkpoint.reader import Checkpoint, TensorReader, contained, file_digest
+from ..checkpoint.region import Region
+from ..digests import Digests, header_digest, weight_files
+from ..errors import InputError, RefusedError
+from .corpus import read_corpus
+from .statistics import JSON_FILE, SCHEMA_VERSION, model_digest
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..architectures.model import Model
+    from ..checkpoint.commit import Staging
+    from ..progress import Progress, Stop
+
+__all__ = ["JSON_FILE", "SCHEMA_VERSION", "FreshGrams", "GivenGrams", "Grams", "layer_file"]
+
+
+def layer_file(layer: int) -> str:
+    """The file of one layer's matrices."""
+    return f"gram.{layer}.safetensors"
+
+
+class Grams:
+    """A folder that `grams.py` wrote. Matrices are read when asked for."""
+
+    mode = "gram"
+
+    def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
+        self.folder, self.manifest = folder, manifest
+        self._layers: Mapping[str, Any] = manifest["layers"]
+        self.domains = [str(item["name"]) for item in manifest["text"]["domains"]]
+
+    @classmethod
+    def open(cls, folder: Path) -> Grams:
+        """Open a folder.
+
+        Raises:
+            InputError: no such folder, or one of another kind or schema.
+        """
+        hint = "make one with moesurg calibrate --linear-grams"
+        if not folder.is_dir():
+            raise InputError(f"{folder}: no such folder of statistics", hint=hint)
+        manifest = read_json(contained(folder, JSON_FILE))
+        if manifest.get("mode") != "gram" or manifest.get("schema_version") != SCHEMA_VERSION:
+            raise InputError(
+                f"{folder}: holds no Gram matrices of linear layers of schema version {SCHEMA_VERSION}",
+                hint=hint,
+            )
+        if not isinstance(manifest.get("layers"), dict) or not isinstance(
+            manifest.get("text"), dict
+        ):
+            raise InputError(f"{folder / JSON_FILE}: layers or text is missing")
+        return cls(folder, manifest)
+
+    @property
+    def layers(self) -> list[int]:
+        return sorted(map(int, self._layers))
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the manifest, which holds those of the other files."""
+        return file_digest(self.folder / JSON_FILE)
+
+    def read(self, layer: int, module: str) -> tuple[torch.Tensor, int]:
+        """The matrix of a linear layer's inputs (float32) and the number of inputs it sums.
+
+        Args:
+            module: the name below the layer's prefix, see :class:`Linear`.
+
+        Raises:
+            InputError: there is none, or it is damaged.
+        """
+        entry = self._layers.get(str(layer), {})
+        name = entry.get("source", {}).get(module)
+        if name is None:
+            raise InputError(f"{self.folder}: has no Gram matrix of layer {layer}, {module}")
+        file = contained(self.folder, layer_file(layer))
+        tensors = read_header(file)
+        if name not in tensors:
+            raise InputError(f"{file}: tensor {name!r} is missing")
+        with TensorReader(Checkpoint(self.folder, {}, tensors, (file,))) as reader:
+            return reader.read(Region(name, tensors[name].shape)), int(entry["rows"][name])
+
+    def check_files(self) -> None:
+        """Raise InputError where a file is missing or differs from its digest."""
+        for layer, entry in self._layers.items():
+            file = contained(self.folder, layer_file(int(layer)))
+            if file_digest(file) != entry["sha256"]:
+                raise InputError(f"{file}: its SHA-256 differs from that in {JSON_FILE}")
+
+    def check_model(self, model: Model, digest: str | None = None) -> None:
+        """Refuse matrices of another model.
+
+        Args:
+            digest: the model's :func:`model_digest` where the caller has it.
+
+        Raises:
+            InputError: naming what differs.
+        """
+        found: dict[str, object] = {
+            "model_type": model.family.model_type,
+            "hidden": model.config.hidden,
+        }
+        if digest is not None:
+            found["model_sha256"] = digest
+        for key, value in found.items():
+            if self.manifest.get(key) != value:
+                raise InputError(
+                    f"{self.folder}: statistics of another model ({key}: expected {value}, "
+                    f"found {self.manifest.get(key)})",
+                    hint=f"rerun moesurg calibrate --linear-grams on {model.folder}",
+                )
+
+
+class GivenGrams:
+    """A folder from ``moesurg calibrate --linear-grams``."""
+
+    files: tuple[str, ...] = ()
+
+    def __init__(self, model: Model, folder: Path) -> None:
+        self._folder = folder
+        self._grams = Grams.open(folder)
+        self._grams.check_model(model)
+        self.identity: dict[str, Any] = {"folder": self._grams.digest}
+        self.place = str(folder.absolute())
+
+    def load(self, staging: Staging, progress: Progress, stop: Stop) -> Grams:
+        self._grams.check_files()
+        return self._grams
+
+    def check(self, model: Model, digests: Mapping[Path, str]) -> None:
+        self._grams.check_model(model, model_digest(model.checkpoint, digests))
+
+    def arguments(self) -> list[str]:
+        return ["--calibration", str(self._folder)]
+
+
+class FreshGrams:
+    """Matrices collected by the run itself, in its staging folder until the commit."""
+
+    def __init__(
+        self, model: Model, data: Sequence[Path], tokens: int, seq_len: int, device: str
+    ) -> None:
+        self._model, self._data, self._device = model, data, device
+        self._tokens, self._seq_len = tokens, seq_len
+        self._corpus = read_corpus(data)
+        self.files: tuple[str, ...] = (
+            JSON_FILE,
+            *(layer_file(layer.index) for layer in model.layers),
+        )
+        self.identity: dict[str, Any] = {
+            "text": {domain.name: domain.digest for domain in self._corpus.domains},
+            "tokens": tokens,
+            "seq_len": seq_len,
+            "mode": "gram",
+            "device": device,
+        }
+        self.place = "."
+
+    def load(self, staging: Staging, progress: Progress, stop: Stop) -> Grams:
+        from .grams import collect_grams, manifest_file
+        from .sequences import tokenise
+
+        _check_room(self._model, staging.path)
+        sequences = tokenise(
+            self._corpus, self._model.folder, tokens=self._tokens, seq_len=self._seq_len
+        )
+        if sequences.total < sequences.tokens:
+            progress.warn(
+                f"the text gives {sequences.total:,} of the {sequences.tokens:,} tokens asked for"
+            )
+        digests = Digests(weight_files(self._model))
+        progress.stage("calibrating", len(self._model.layers))
+
+        def report(_: str, finished: int, total: int) -> None:
+            progress.advance()
+            stop.check()
+
+        with TensorReader(self._model.checkpoint) as reader:
+            manifest = collect_grams(
+                self._model,
+                reader,
+                sequences,
+                staging.write_file,
+                device=self._device,
+                scratch=staging.path,
+                progress=report,
+            )
+        digest = model_digest(self._model.checkpoint, digests.finish())
+        staging.write_file(
+            *manifest_file({**manifest, "model_sha256": digest, "moesurg": __version__})
+        )
+        return Grams.open(staging.path)
+
+    def check(self, model: Model, digests: Mapping[Path, str]) -> None:
+        """They were collected from the weights being read."""
+
+    def arguments(self) -> list[str]:
+        words = [word for file in self._data for word in ("--data", str(file))]
+        return [*words, "--tokens", str(self._tokens), "--seq-len", str(self._seq_len)]
+
+
+def calibrate_grams(
+    model: Model,
+    output: Path,
+    *,
+    data: Sequence[Path],
+    tokens: int,
+    seq_len: int,
+    device: str,
+    force: bool,
+    resume: bool,
+    progress: Progress,
+) -> Grams:
+    """Run text through a model once and write the folder of its linear layers' Gram matrices.
+
+    Raises:
+        MoesurgError: any of its kinds; nothing is left behind.
+    """
+    from ..checkpoint.commit import Staging
+    from ..progress import stoppable
+
+    fresh = FreshGrams(model, data, tokens, seq_len, device)
+    identity = {
+        "moesurg": __version__,
+        "command": "calibrate",
+        "source": header_digest(model),
+        **fresh.identity,
+    }
+    with (
+        stoppable(progress) as stop,
+        Staging.open(
+            output, identity, force=force, resume=resume, inputs=[model.folder, *data]
+        ) as staging,
+    ):
+        if not staging.complete:
+            fresh.load(staging, progress, stop)
+            staging.commit()
+    return Grams.open(output)
+
+
+def _check_room(model: Model, folder: Path) -> None:
+    inputs = {(linear.layer, linear.module): linear.region.shape[1] for linear in linears(model)}
+    # An upper bound: layers that share an input are counted each.
+    needed = 4 * sum(width**2 for width in inputs.values())
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise RefusedError(
+            f"{folder}: Gram matrices may need {needed:,} bytes, {free:,} are free",
+            hint="make room, or compress fewer --targets without text",
+        )
+
+
+def layer_statistics(grams: Grams, model: Model) -> dict[str, object]:
+    """A method's decisions that are none: how many inputs each layer's matrices sum, for the report.
+
+    Raises:
+        InputError: a layer has no matrices.
+    """
+    decided: dict[str, object] = {}
+    for layer in model.layers:
+        entry = grams.manifest["layers"].get(str(layer.index))
+        if entry is None:
+            raise InputError(f"{grams.folder}: has no Gram matrices of layer {layer.index}")
+        decided[str(layer.index)] = {"rows": entry["rows"]}
+    return decided

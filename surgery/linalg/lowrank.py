@@ -1,0 +1,155 @@
+"""The best approximation of a matrix by one of low rank, through a Gram matrix on its small side.
+
+The Gram matrix is summed in float64 over blocks, so its noise is 1e-16 of the largest eigenvalue and singular
+values are resolved down to about 1e-8 of the largest. The factors come from the original matrix and one
+orthonormal basis, which keeps them accurate to the last bit of the basis whatever the Gram matrix lost. M
+counts rows, N columns, R is the rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..errors import InputError, UsageError
+from .svd import orient
+
+BLOCK = 1024
+"""Rows or columns that are converted to float64 at a time."""
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A product of two factors, strongest direction first, so that a slice is a truncation.
+
+    Attributes:
+        left_MR, right_RN: float64; their product approximates the matrix.
+        error: Frobenius norm of what is lost (for a whitened truncation: of the loss it minimises).
+        norm: the same norm of the whole.
+    """
+
+    left_MR: torch.Tensor
+    right_RN: torch.Tensor
+    error: float
+    norm: float
+
+    @property
+    def relative_error(self) -> float:
+        """Error over norm; 0 for a zero matrix."""
+        return self.error / self.norm if self.norm else 0.0
+
+    @property
+    def rank(self) -> int:
+        return self.left_MR.shape[1]
+
+    def product(self) -> torch.Tensor:
+        """The approximation as a matrix."""
+        return self.left_MR @ self.right_RN
+
+    def balanced(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The factors with each direction's strength split evenly, which rounds best in half precision."""
+        left_R = torch.linalg.vector_norm(self.left_MR, dim=0)
+        right_R = torch.linalg.vector_norm(self.right_RN, dim=1)
+        usable = (left_R > 0) & (right_R > 0)
+        scale_R = torch.where(usable, (right_R / left_R).sqrt(), 1.0)
+        return self.left_MR * scale_R, self.right_RN / scale_R[:, None]
+
+
+def gram(matrix_MN: torch.Tensor) -> torch.Tensor:
+    """W^T W of a tall matrix, W W^T of a wide one: float64, on the small side.
+
+    Raises:
+        InputError: a value is not finite.
+    """
+    rows, columns = matrix_MN.shape
+    size = min(rows, columns)
+    total = torch.zeros(size, size, dtype=torch.float64, device=matrix_MN.device)
+    for block in _blocks(matrix_MN if rows >= columns else matrix_MN.T):
+        total.addmm_(block.T, block)
+    if not bool(torch.isfinite(total).all()):
+        raise InputError("a matrix to factorise holds a value that is not finite")
+    return total
+
+
+def singular_values(matrix_MN: torch.Tensor) -> torch.Tensor:
+    """All singular values in float64, largest first; those below 1e-8 of the largest are noise."""
+    values: torch.Tensor = torch.linalg.eigvalsh(gram(matrix_MN)).flip(0).clamp_min(0).sqrt()
+    return values
+
+
+def truncate(matrix_MN: torch.Tensor, rank: int) -> LowRank:
+    """The closest matrix of a rank in the Frobenius norm.
+
+    Raises:
+        UsageError: a rank that the matrix cannot have.
+        InputError: a value is not finite.
+    """
+    check_rank(matrix_MN, rank)
+    total = gram(matrix_MN)
+    basis = orient(torch.linalg.eigh(total)[1].flip(1)[:, :rank])
+    return _project(matrix_MN, basis, float(total.trace()))
+
+
+def truncate_randomised(
+    matrix_MN: torch.Tensor,
+    rank: int,
+    rng: np.random.Generator,
+    *,
+    power: int = 4,
+    oversample: float = 0.1,
+) -> LowRank:
+    """A nearly closest matrix from a random sketch of the range (Halko, Martinsson, Tropp 2011).
+
+    Every product is orthonormalised by Householder reflections: a block that has been through W^T W is too
+    ill-conditioned for normal equations.
+
+    Args:
+        rng: draws the sketch.
+        power: iterations; the excess over the optimal error falls roughly as 1/(2 power + 1).
+        oversample: further columns of the sketch as a fraction of the rank, at least 8.
+    """
+    check_rank(matrix_MN, rank)
+    rows, columns = matrix_MN.shape
+    width = min(rows, columns, rank + max(8, round(oversample * rank)))
+    kind = torch.float64 if matrix_MN.dtype == torch.float64 else torch.float32
+    matrix = matrix_MN.to(kind)
+    if not bool(torch.isfinite(matrix).all()):
+        raise InputError("a matrix to factorise holds a value that is not finite")
+    sketch = torch.from_numpy(rng.standard_normal((columns, width))).to(matrix)
+    basis = torch.linalg.qr(matrix @ sketch)[0]
+    for _ in range(power):
+        basis = torch.linalg.qr(matrix.T @ basis)[0]
+        basis = torch.linalg.qr(matrix @ basis)[0]
+    inner_LN = (matrix.T @ basis).T.double()
+    turn = orient(torch.linalg.eigh(inner_LN @ inner_LN.T)[1].flip(1)[:, :rank])
+    left_MR, right_RN = basis.double() @ turn, turn.T @ inner_LN
+    total = sum(float(block.square().sum()) for block in _blocks(matrix_MN))
+    lost = max(0.0, total - float(right_RN.square().sum()))
+    return LowRank(left_MR, right_RN, lost**0.5, total**0.5)
+
+
+def check_rank(matrix_MN: torch.Tensor, rank: int) -> None:
+    """Refuse a rank that a matrix cannot have."""
+    if matrix_MN.ndim != 2 or not 1 <= rank <= min(matrix_MN.shape):
+        raise UsageError(f"rank {rank} is not one of a matrix of shape {list(matrix_MN.shape)}")
+
+
+def _project(matrix_MN: torch.Tensor, basis: torch.Tensor, total: float) -> LowRank:
+    """Project on a basis of the small side. The error is what the other factor's norm lacks."""
+    rows, columns = matrix_MN.shape
+    if rows >= columns:
+        other = torch.cat([block @ basis for block in _blocks(matrix_MN)])
+        left_MR, right_RN = other, basis.T.contiguous()
+    else:
+        other = torch.cat([(block @ basis).T for block in _blocks(matrix_MN.T)], dim=1)
+        left_MR, right_RN = basis, other
+    lost = max(0.0, total - float(other.square().sum()))
+    return LowRank(left_MR, right_RN, lost**0.5, total**0.5)
+
+
+def _blocks(matrix_MN: torch.Tensor) -> Iterator[torch.Tensor]:
+    for start in range(0, matrix_MN.shape[0], BLOCK):
+        yield matrix_MN[start : start + BLOCK].double()

@@ -1,0 +1,1 @@
+"""Methods that store the linear layers of a model with fewer numbers."""

@@ -1,0 +1,287 @@
+"""The machinery all low-rank methods share: targets, ranks, the planned output and how a form is written."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ...architectures.linears import GROUPS, Linear, linears
+from ...checkpoint.layout import TensorSpec
+from ...checkpoint.region import Region
+from ...errors import InputError, UsageError
+from ...modeling import FILE, PREFIX, auto_map, template
+from ...plan import Unit, copy_unit
+from ..base import Draft, Exactness
+from ._ranks import FORMS, Ranks, uniform_ranks
+
+if TYPE_CHECKING:
+    from ...architectures.model import Model
+    from ...execute import Work
+    from ...linalg.lowrank import LowRank
+
+RATIO_HELP = "fraction of the targeted matrices' numbers to remove, above 0 and below 1 (0.2: a fifth is removed)"
+FORM_HELP = (
+    "how a matrix of low rank is stored; pivot: some of its rows and the coefficients of the others; factors: two "
+    "matrices; dense: as before, at the rank of the pivot form, which saves nothing and loads as stock"
+)
+TARGETS_HELP = "what to compress: all, or a comma-separated list of attention, ffn and single roles such as q,k,down"
+ALIGN_HELP = "round ranks down to a multiple of this where a matrix is large enough; 1 keeps all"
+
+
+def plan_lowrank(
+    models: Sequence[Model],
+    *,
+    form: str,
+    ratio: float,
+    targets: str,
+    align: int,
+    params: dict[str, Any],
+    memory: int = 0,
+) -> Draft:
+    """The model with its targeted linear layers at uniform ranks.
+
+    Args:
+        params: what the transform needs to know, the same for every unit.
+        memory: multiple of the input width squared, in bytes, that a unit needs beyond its matrix.
+
+    Raises:
+        InputError: not one model, or a mixture with a form that stock experts cannot hold.
+        UsageError: an option out of range.
+    """
+    if len(models) != 1:
+        raise InputError(f"compressing takes one model, {len(models)} were given")
+    model = models[0]
+    if not 0 < ratio < 1:
+        raise UsageError(f"--ratio {ratio} should be above 0 and below 1")
+    if align < 1:
+        raise UsageError(f"--align {align} should be at least 1")
+    if form != "dense" and model.is_moe:
+        raise InputError(
+            f"{model.folder}: --form {form} is for dense models: the experts of stock {model.family.class_name} "
+            "are fused tensors, which have no linear layer to replace",
+            hint="use --form dense",
+        )
+    chosen = choose(model, targets)
+    counts = Counter(_shape(linear.region) for linear in chosen)
+    ranks = uniform_ranks(counts, form, ratio, align)
+    if not ranks.ranks:
+        raise InputError(
+            f"{model.folder}: no targeted matrix is large enough to be stored with "
+            f"{ratio:.0%} fewer numbers in the {form} form",
+            hint="use a smaller --ratio",
+        )
+    cut = {linear.region: linear for linear in chosen if _shape(linear.region) in ranks.ranks}
+    tensors, units = _output(model, cut, ranks, form, params, memory)
+    notes = _notes(chosen, cut, ranks, form)
+    why = f"{len(cut)} matrices are replaced by matrices of lower rank"
+    config = dict(model.config.raw)
+    files: dict[str, bytes] = {}
+    if form != "dense":
+        config, files = _custom(model, cut, ranks, form)
+    tier: Any = "stock" if form == "dense" else "custom"
+    return Draft(
+        config, tensors, units, Exactness("approximate", why), tier=tier, notes=notes, files=files
+    )
+
+
+def choose(model: Model, targets: str) -> list[Linear]:
+    """The linear layers that ``--targets`` names.
+
+    Raises:
+        UsageError: a word that names nothing in this model.
+    """
+    every = list(linears(model))
+    roles = list(dict.fromkeys(linear.role for linear in every))
+    words = [word.strip() for word in targets.split(",") if word.strip()]
+    known = {"all", *GROUPS, *roles}
+    for word in words:
+        if word not in known:
+            raise UsageError(
+                f"--targets: {word!r} names no linear layer of {model.family.model_type}",
+                hint=f"use all, {', '.join(GROUPS)}, {', '.join(roles)}",
+            )
+    if not words:
+        raise UsageError("--targets names nothing", hint="use all to compress every linear layer")
+    return [linear for linear in every if {"all", linear.group, linear.role}.intersection(words)]
+
+
+def write_lowrank(work: Work, found: LowRank) -> dict[str, object]:
+    """Write an approximation in the unit's form; returns what it cost.
+
+    ``error`` is relative, in the norm the method minimises; ``stored_error`` is the relative Frobenius distance
+    of the stored numbers from the approximation before it was rounded.
+    """
+    import torch
+
+    from ...checkpoint.dtypes import torch_dtype
+    from ...linalg.pivot import pack
+
+    kind = torch_dtype(work.params["dtype"])
+    writes = work.unit.writes
+    whole = found.product()
+    if work.params["form"] == "dense":
+        work.write(writes[0], whole)
+        kept = whole.to(kind).double()
+    elif work.params["form"] == "factors":
+        left_MR, right_RN = found.balanced()
+        work.write(writes[0], right_RN)
+        work.write(writes[1], left_MR)
+        kept = left_MR.to(kind).double() @ right_RN.to(kind).double()
+    else:
+        packed = pack(found.left_MR, found.right_RN)
+        work.write(writes[0], packed.rows_RN)
+        work.write(writes[1], packed.coef_SR)
+        work.write(writes[2], packed.index_R)
+        rounded = packed.cast(kind)
+        kept = dataclasses.replace(
+            rounded, rows_RN=rounded.rows_RN.double(), coef_SR=rounded.coef_SR.double()
+        ).unpack()
+    norm = float(torch.linalg.vector_norm(whole))
+    lost = float(torch.linalg.vector_norm(kept - whole)) / norm if norm else 0.0
+    return {"rank": found.rank, "error": found.relative_error, "stored_error": lost}
+
+
+def _shape(region: Region) -> tuple[int, int]:
+    rows, columns = region.shape
+    return rows, columns
+
+
+def _output(
+    model: Model,
+    cut: dict[Region, Linear],
+    ranks: Ranks,
+    form: str,
+    params: dict[str, Any],
+    memory: int,
+) -> tuple[list[TensorSpec], list[Unit]]:
+    tensors: list[TensorSpec] = []
+    units: list[Unit] = []
+    owner = {name: layer.index for layer in model.layers for name in layer.names}
+    parts: dict[str, list[Linear]] = {}
+    for linear in cut.values():
+        parts.setdefault(linear.region.tensor, []).append(linear)
+    passing: dict[int | None, list[Region]] = {}
+    for name in model.names():
+        whole, dtype = model.whole(name), model.dtype(name)
+        here = parts.get(name, [])
+        specs = [TensorSpec(name, dtype, whole.shape)]
+        if here and form != "dense":
+            specs = _specs(name, dtype, _shape(whole), ranks.ranks[_shape(whole)], form)
+        tensors.extend(specs)
+        for linear in here:
+            rows, columns = _shape(linear.region)
+            writes = (
+                (dataclasses.replace(linear.region, source=0),)
+                if form == "dense"
+                else tuple(Region(spec.name, spec.shape) for spec in specs)
+            )
+            units.append(
+                Unit(
+                    linear.label,
+                    "transform",
+                    linear.layer,
+                    reads=(linear.region,),
+                    writes=writes,
+                    params={
+                        **params,
+                        "form": form,
+                        "dtype": dtype,
+                        "rank": ranks.ranks[rows, columns],
+                        "input": linear.module,
+                    },
+                    # The matrix, its approximation and their difference in float64, and a decomposition.
+                    memory=40 * rows * columns + 32 * min(rows, columns) ** 2 + memory * columns**2,
+                )
+            )
+        passing.setdefault(owner.get(name), []).extend(_rest(whole, here))
+    for index, regions in passing.items():
+        if regions:
+            label = "outer" if index is None else f"layer.{index}"
+            moves = [(region, [region]) for region in regions]
+            units.append(copy_unit(f"{label}.unchanged", moves, layer=index))
+    units.sort(key=lambda unit: (unit.layer is None, unit.layer or 0))
+    return tensors, units
+
+
+def _rest(whole: Region, parts: list[Linear]) -> list[Region]:
+    """What of a tensor no unit transforms: all of it, nothing, or flat stretches between fused matrices."""
+    if not parts:
+        return [whole]
+    at, found = 0, []
+    for region in sorted((linear.region for linear in parts), key=lambda item: item.offset):
+        if region.offset > at:
+            found.append(Region(whole.tensor, (region.offset - at,), at))
+        at = region.offset + region.count
+    if at < whole.count:
+        found.append(Region(whole.tensor, (whole.count - at,), at))
+    return found
+
+
+def _specs(name: str, dtype: str, shape: tuple[int, int], rank: int, form: str) -> list[TensorSpec]:
+    rows, columns = shape
+    module = name.removesuffix(".weight")
+    if form == "factors":
+        return [
+            TensorSpec(f"{module}.lowrank_A.weight", dtype, (rank, columns)),
+            TensorSpec(f"{module}.lowrank_B.weight", dtype, (rows, rank)),
+        ]
+    return [
+        TensorSpec(f"{module}.pivot_rows.weight", dtype, (rank, columns)),
+        TensorSpec(f"{module}.pivot_coef.weight", dtype, (rows - rank, rank)),
+        TensorSpec(f"{module}.pivot_index", "I32", (rank,)),
+    ]
+
+
+def _custom(
+    model: Model, cut: dict[Region, Linear], ranks: Ranks, form: str
+) -> tuple[dict[str, object], dict[str, bytes]]:
+    """Config and files of an output that brings its own model code."""
+    family = model.family
+    body = family.embedding.partition(".")[0] + "."
+    config = dict(model.config.raw)
+    config.update(
+        model_type=PREFIX + family.model_type,
+        architectures=["Moesurg" + family.class_name],
+        auto_map=auto_map(family.class_name),
+        moesurg_linears={
+            region.tensor.removeprefix(body).removesuffix(".weight"): {
+                "form": form,
+                "rank": ranks.ranks[_shape(region)],
+            }
+            for region in cut
+        },
+    )
+    return config, {FILE: template()}
+
+
+def _notes(
+    chosen: Sequence[Linear], cut: dict[Region, Linear], ranks: Ranks, form: str
+) -> list[str]:
+    listed = ", ".join(
+        f"{rows}x{columns}: {rank}" for (rows, columns), rank in sorted(ranks.ranks.items())
+    )
+    notes = [f"ranks by shape: {listed}"]
+    left = len(chosen) - len(cut)
+    if left:
+        notes.append(f"{left} targeted matrices stay as they are, because no rank would save")
+    removed = 1 - ranks.after / ranks.before
+    if form == "dense":
+        notes.append(
+            f"the ranks would remove {removed:.1%} of the targeted numbers in the pivot form; the dense form "
+            "stores all of them"
+        )
+    else:
+        notes.append(
+            f"the {len(chosen)} targeted matrices take {ranks.after:,} numbers instead of "
+            f"{ranks.before:,} ({removed:.1%} removed)"
+        )
+        notes.append(
+            "load it with trust_remote_code=True: AutoModelForCausalLM.from_pretrained(FOLDER, "
+            "trust_remote_code=True)"
+        )
+    return notes
+
+
+__all__ = ["FORMS", "choose", "plan_lowrank", "write_lowrank"]
