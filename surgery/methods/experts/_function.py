@@ -22,6 +22,24 @@ if TYPE_CHECKING:
     Activation = Callable[[torch.Tensor], torch.Tensor]
 
 
+def require_plain(model: Model) -> None:
+    """Refuse families whose mixture is more than what is computed here.
+
+    Raises:
+        InputError: the router has a bias of either kind, or the experts have biases.
+    """
+    layout = model.layout
+    if layout is None or not (
+        layout.router_bias or layout.correction or "down_bias" in layout.names
+    ):
+        return
+    raise InputError(
+        f"{model.folder}: the mixture of {model.family.model_type} has biases in its router or experts, and this "
+        "method computes mixtures without them",
+        hint="use a method that needs statistics only, without --reconstruct, such as m-smoe, hc-smoe or reap",
+    )
+
+
 def activation(model: Model) -> Activation:
     """The gate's activation, from the config."""
     name = model.config.raw.get("hidden_act", model.family.defaults.get("hidden_act", "silu"))

@@ -15,7 +15,7 @@ from ...checkpoint.layout import TensorSpec
 from ...errors import InputError
 from ...plan import Unit, copy_unit
 from ..base import Draft, Exactness
-from ._function import activation, gates, hidden, routed_output, stored
+from ._function import activation, gates, hidden, require_plain, routed_output, stored
 from ._groups import Grouping, check
 from ._least_squares import fit_down
 from ._reconstruct import NewExpert, reconstruct, reconstruct_memory
@@ -70,6 +70,8 @@ def plan_merge(
             "each token selects",
             hint=f"use --experts {model.rule.top_k} or more",
         )
+    if params.get("reconstruct") or params.get("combine") or params.get("matching") == "ream":
+        require_plain(model)
     tied = router == "tied"
     if model.rule.groups > 1 and not tied and experts != model.experts:
         raise InputError(
@@ -106,13 +108,7 @@ def plan_merge(
         label = "outer" if index is None else f"layer.{index}"
         moves = [(model.whole(name), [model.whole(name)]) for name in names]
         units.append(copy_unit(f"{label}.unchanged", moves, layer=index))
-    notes = []
-    extra = model.prediction_names()
-    if extra:
-        notes.append(
-            f"{len(extra)} tensors of layers after the last, which predict further tokens, are kept as they "
-            "are; a loader that uses them needs all of the original experts in them"
-        )
+    notes = prediction_notes(model)
     if tied:
         notes.append(
             f"the router keeps its {model.experts} rows, so every merged expert is written once for "
@@ -131,6 +127,17 @@ def plan_merge(
             exactness = Exactness("exact", reason)
     units.sort(key=lambda unit: (unit.layer is None, unit.layer or 0))
     return Draft(config, tensors, units, exactness, notes=notes, sample=sample)
+
+
+def prediction_notes(model: Model) -> list[str]:
+    """What a report says of layers that predict further tokens, which pass through with all their experts."""
+    extra = model.prediction_names()
+    if not extra:
+        return []
+    return [
+        f"{len(extra)} tensors of layers after the last, which predict further tokens, are kept as they are; a "
+        "loader that uses them needs all of the original experts in them"
+    ]
 
 
 def one_mixture(models: Sequence[Model]) -> Model:

@@ -33,8 +33,8 @@ class Groups:
 
 
 def groups_of(model: Model) -> Groups:
-    """The groups of a model's router: no supported family has more than one."""
-    return Groups()
+    """The groups of a model's router."""
+    return Groups(model.rule.groups, model.rule.top_groups)
 
 
 def check_counts(

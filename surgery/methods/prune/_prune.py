@@ -13,12 +13,12 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ...architectures.base import PROJECTIONS
 from ...checkpoint.layout import TensorSpec
 from ...checkpoint.region import Region
 from ...errors import InputError, MoesurgError
 from ...plan import Unit, copy_unit
 from ..base import Draft, Exactness, required
+from ..experts._merge import prediction_notes
 from ._keep import check_counts, groups_of
 
 if TYPE_CHECKING:
@@ -74,13 +74,15 @@ def plan_prune(models: Sequence[Model], experts: int) -> Draft:
     units.sort(key=lambda unit: (unit.layer is None, unit.layer or 0))
     config = dict(model.config.raw)
     if model.family.moe is not None:
-        config |= dict.fromkeys(model.family.moe.expert_keys, experts)
+        moe = model.family.moe
+        config |= dict.fromkeys(moe.expert_keys, experts)
+        config |= {key: experts for key in moe.other_keys if key in config}
     exactness = (
         Exactness("bitwise", "every expert is kept")
         if experts == model.experts
         else Exactness("approximate", "tokens of dropped experts go to others")
     )
-    notes = []
+    notes = prediction_notes(model)
     if model.experts % 8 == 0 and experts % 8:
         notes.append(
             f"{experts} experts divide by fewer devices than {model.experts}: expert-parallel serving "
@@ -101,8 +103,8 @@ def transform_prune(work: Work) -> dict[str, object]:
                 work.copy(sources[expert], targets[slot])
         return {}
     slot = work.params["slot"]
-    for projection in PROJECTIONS:
-        work.copy(experts.region(kept[slot], projection), output.region(slot, projection))
+    for source, target in zip(_blocks(experts, kept[slot]), _blocks(output, slot), strict=True):
+        work.copy(source, target)
     return {"expert": kept[slot]}
 
 
@@ -123,15 +125,14 @@ def mixture(layer: Layer) -> Experts:
 
 def _specs(model: Model, layer: Layer, count: int) -> Iterator[TensorSpec]:
     experts = mixture(layer)
-    for projection in PROJECTIONS:
+    for part in experts.layout.parts:
         kinds = [
-            model.dtype(experts.region(expert, projection).tensor)
-            for expert in range(experts.count)
+            model.dtype(experts.region(expert, part).tensor) for expert in range(experts.count)
         ]
         for expert, kind in enumerate(kinds):
             if kind != kinds[0]:
                 raise InputError(
-                    f"{model.folder}: layer {layer.index}: expert {expert}'s {projection} is stored as "
+                    f"{model.folder}: layer {layer.index}: expert {expert}'s {part} is stored as "
                     f"{kind}, expert 0's as {kinds[0]}; which of them stay is not known in advance, so "
                     "their types must be the same"
                 )
@@ -153,26 +154,34 @@ def _units(layer: Layer, count: int) -> Iterator[Unit]:
             f"layer.{layer.index}.expert.{slot}",
             "transform",
             layer.index,
-            writes=tuple(output.regions(slot).values()),
+            writes=tuple(_blocks(output, slot)),
             params={"part": "expert", "slot": slot, "count": count},
         )
 
 
+def _blocks(experts: Experts, expert: int) -> list[Region]:
+    """Everything of an expert as contiguous stored blocks, however its parts lie inside them."""
+    layout = experts.layout
+    if layout.kind == "per-expert":
+        return list(experts.regions(expert).values())
+    routing = layout.routing_shapes(experts.count, experts.hidden)
+    shapes = layout.shapes(experts.count, experts.hidden, experts.width)
+    return [
+        Region(experts.prefix + name, shape).rows(expert, expert + 1)
+        for name, shape in shapes.items()
+        if name not in routing
+    ]
+
+
 def _counting(experts: Experts) -> list[str]:
-    """The tensors of a mixture, below its prefix, that are no expert's projections: the router's."""
-    stored = {
-        region.tensor
-        for expert in range(experts.count)
-        for region in experts.regions(expert).values()
-    }
-    names = experts.layout.shapes(experts.count, experts.hidden, experts.width)
-    return [name for name in names if experts.prefix + name not in stored]
+    """The tensors of a mixture, below its prefix, that are no expert's: the router's."""
+    return list(experts.layout.routing_shapes(experts.count, experts.hidden))
 
 
 def _stripes(experts: Experts, name: str) -> list[Region]:
-    """Each expert's entries of a tensor that has experts along its first dimension."""
-    shape = experts.layout.shapes(experts.count, experts.hidden, experts.width)[name]
+    """Each expert's entries of a tensor that counts experts: rows, or numbers of a vector stored as [E] or [1, E]."""
+    shape = experts.layout.routing_shapes(experts.count, experts.hidden)[name]
     if shape[0] != experts.count:
-        raise MoesurgError(f"{experts.prefix + name}: its first dimension does not count experts")
+        shape = (experts.count,)
     whole = Region(experts.prefix + name, shape)
     return [whole.rows(expert, expert + 1) for expert in range(experts.count)]

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 from ...architectures.routing import route
 from ...errors import InputError, UsageError
 from ..base import Draft, MethodInfo, option, required
+from ..experts._function import require_plain
 from ._keep import candidates, groups_of, subsets
 from ._prune import mixture, plan_prune, transform_prune
 from ._saliency import PROTECT, PROTECT_HELP, UNSEEN, constraints
@@ -84,6 +85,7 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
         raise UsageError(f"--samples should be at least 1, is {options.samples}")
     draft = plan_prune(models, options.experts)
     (model,) = models
+    require_plain(model)
     sets = math.comb(model.experts, options.experts)
     if sets > LARGEST:
         raise InputError(
