@@ -232,7 +232,7 @@ def calibrate(
     inputs: int,
     gram: bool,
     trace: bool,
-    linear_grams: bool,
+    linear_grams: bool = False,
     device: str,
     force: bool,
     resume: bool,
