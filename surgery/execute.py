@@ -204,9 +204,10 @@ class Work:
                 f"{self._runner.specs[region.tensor].dtype}",
                 hint="the input holds values too large for its type to be averaged",
             )
-        norm = float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
         # A cast to its own type is the tensor itself, which the difference in place would zero.
-        if norm > 0 and cast.dtype != tensor.dtype:
+        changes = tensor.is_floating_point() and cast.dtype != tensor.dtype
+        norm = float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) if changes else 0.0
+        if norm > 0:
             difference = cast.to(tensor.dtype).sub_(tensor)
             error = float(torch.linalg.vector_norm(difference, dtype=torch.float64)) / norm
             self.casts[region.tensor] = max(self.casts.get(region.tensor, 0.0), error)
