@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from ...architectures.base import PROJECTIONS
 from ...checkpoint.layout import TensorSpec
 from ...errors import InputError
-from ...plan import Unit, copy_unit
+from ...plan import Unit
+from .._mixture import mixture, one_mixture, prediction_notes, recounted, replaced
 from ..base import Draft, Exactness
 from ._function import activation, gates, hidden, require_plain, routed_output, stored
 from ._groups import Grouping, check
@@ -59,7 +60,7 @@ def plan_merge(
     Raises:
         InputError: not one MoE, more experts than there are, or fewer than the router selects.
     """
-    model = one_mixture(models)
+    model = one_mixture(models, "merging", "merge")
     if not 1 <= experts <= model.experts:
         raise InputError(
             f"{model.folder}: --experts {experts} asked for, the model has {model.experts} per layer"
@@ -85,87 +86,33 @@ def plan_merge(
             f"{model.rule.least_experts} experts, --experts {experts} asked for"
         )
     count = model.experts if tied else experts
-    tensors: list[TensorSpec] = []
-    units: list[Unit] = []
-    layers = {name: layer for layer in model.moe_layers for name in _mixture(layer).names}
-    planned: set[int] = set()
-    passing: dict[int | None, list[str]] = {}
-    owner = {name: layer.index for layer in model.layers for name in layer.names}
-    for name in model.names():
-        if name not in layers:
-            tensors.append(
-                TensorSpec(name, model.dtype(name), model.checkpoint.tensors[name].shape)
-            )
-            passing.setdefault(owner.get(name), []).append(name)
-            continue
-        layer = layers[name]
-        if layer.index in planned:
-            continue
-        planned.add(layer.index)
-        tensors.extend(_output_specs(model, layer, count))
-        units.extend(_merge_units(layer, count, tied, params, sample))
-    for index, names in passing.items():
-        label = "outer" if index is None else f"layer.{index}"
-        moves = [(model.whole(name), [model.whole(name)]) for name in names]
-        units.append(copy_unit(f"{label}.unchanged", moves, layer=index))
+    tensors, units = replaced(
+        model,
+        lambda layer: _output_specs(model, layer, count),
+        lambda layer: _merge_units(layer, count, tied, params, sample),
+    )
     notes = prediction_notes(model)
     if tied:
         notes.append(
             f"the router keeps its {model.experts} rows, so every merged expert is written once for "
             "each of its members and the output is as large as the input"
         )
-    config = dict(model.config.raw)
-    if model.family.moe is not None:
-        moe = model.family.moe
-        for key in (*moe.expert_keys, *(key for key in moe.other_keys if key in config)):
-            config[key] = count
     exactness = Exactness("approximate", "different experts are averaged")
     if experts == model.experts:
         exactness = Exactness("bitwise", "every expert is a group of its own")
         if params.get("reconstruct"):
             reason = "every expert is a group of its own, whose down projection is solved for again"
             exactness = Exactness("exact", reason)
-    units.sort(key=lambda unit: (unit.layer is None, unit.layer or 0))
-    return Draft(config, tensors, units, exactness, notes=notes, sample=sample)
-
-
-def prediction_notes(model: Model) -> list[str]:
-    """What a report says of layers that predict further tokens, which pass through with all their experts."""
-    extra = model.prediction_names()
-    if not extra:
-        return []
-    return [
-        f"{len(extra)} tensors of layers after the last, which predict further tokens, are kept as they are; a "
-        "loader that uses them needs all of the original experts in them"
-    ]
-
-
-def one_mixture(models: Sequence[Model]) -> Model:
-    """The only input, checked to have experts."""
-    if len(models) != 1:
-        raise InputError(f"merging experts takes one mixture of experts, {len(models)} were given")
-    model = models[0]
-    if not model.is_moe or not model.moe_layers:
-        raise InputError(
-            f"{model.folder}: {model.family.model_type} has no experts to merge",
-            hint="grow experts first: moesurg upcycle",
-        )
-    return model
-
-
-def _mixture(layer: Layer) -> Experts:
-    if layer.experts is None:
-        raise InputError(f"layer {layer.index} has no experts")
-    return layer.experts
+    return Draft(recounted(model, count), tensors, units, exactness, notes=notes, sample=sample)
 
 
 def _output(layer: Layer, count: int) -> Experts:
     """The mixture as the output stores it: the layout that was read, with another count."""
-    return dataclasses.replace(_mixture(layer), count=count)
+    return dataclasses.replace(mixture(layer), count=count)
 
 
 def _output_specs(model: Model, layer: Layer, count: int) -> list[TensorSpec]:
-    experts = _mixture(layer)
+    experts = mixture(layer)
     shapes = experts.layout.shapes(count, experts.hidden, experts.width)
     routing = {region.tensor for region in experts.routing}
     dtypes = {region.tensor: model.dtype(region.tensor) for region in experts.regions(0).values()}
@@ -189,7 +136,7 @@ def _output_specs(model: Model, layer: Layer, count: int) -> list[TensorSpec]:
 def _merge_units(
     layer: Layer, count: int, tied: bool, params: dict[str, Any], sample: int
 ) -> list[Unit]:
-    experts, output = _mixture(layer), _output(layer, count)
+    experts, output = mixture(layer), _output(layer, count)
     matrix, square = experts.hidden * experts.width, experts.width * experts.width
     # Reference and member in float32, sums in float64, and the assignment's scores twice.
     memory = 48 * matrix + 16 * square
@@ -250,7 +197,7 @@ def _merge_units(
 def transform_merge(work: Work) -> dict[str, object]:
     """Write the router's rows or the merged experts of the unit."""
     layer = work.model.layers[work.layer]
-    experts, output = _mixture(layer), _output(layer, work.params["count"])
+    experts, output = mixture(layer), _output(layer, work.params["count"])
     tied = work.params["tied"]
     grouping = check(work.decision, experts.count, None if tied else output.count)
     if work.params["part"] == "router":

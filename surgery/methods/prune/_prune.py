@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 from ...checkpoint.layout import TensorSpec
 from ...checkpoint.region import Region
 from ...errors import InputError, MoesurgError
-from ...plan import Unit, copy_unit
+from ...plan import Unit
+from .._mixture import mixture, one_mixture, prediction_notes, recounted, replaced
 from ..base import Draft, Exactness, required
-from ..experts._merge import prediction_notes
 from ._keep import check_counts, groups_of
 
 if TYPE_CHECKING:
@@ -39,44 +39,13 @@ def plan_prune(models: Sequence[Model], experts: int) -> Draft:
     Raises:
         InputError: not one MoE, or a count its router cannot work with.
     """
-    if len(models) != 1:
-        raise InputError(f"pruning experts takes one mixture of experts, {len(models)} were given")
-    model = models[0]
-    if not model.is_moe or not model.moe_layers:
-        raise InputError(
-            f"{model.folder}: {model.family.model_type} has no experts to prune",
-            hint="grow experts first: moesurg upcycle",
-        )
+    model = one_mixture(models, "pruning", "prune")
     check_counts(
         model.experts, experts, model.rule.top_k, groups_of(model), where=str(model.folder)
     )
-    tensors: list[TensorSpec] = []
-    units: list[Unit] = []
-    mixtures = {name: layer for layer in model.moe_layers for name in mixture(layer).names}
-    owner = {name: layer.index for layer in model.layers for name in layer.names}
-    planned: set[int] = set()
-    passing: dict[int | None, list[str]] = {}
-    for name in model.names():
-        if name not in mixtures:
-            shape = model.checkpoint.tensors[name].shape
-            tensors.append(TensorSpec(name, model.dtype(name), shape))
-            passing.setdefault(owner.get(name), []).append(name)
-            continue
-        layer = mixtures[name]
-        if layer.index not in planned:
-            planned.add(layer.index)
-            tensors.extend(_specs(model, layer, experts))
-            units.extend(_units(layer, experts))
-    for index, names in passing.items():
-        label = "outer" if index is None else f"layer.{index}"
-        moves = [(model.whole(name), [model.whole(name)]) for name in names]
-        units.append(copy_unit(f"{label}.unchanged", moves, layer=index))
-    units.sort(key=lambda unit: (unit.layer is None, unit.layer or 0))
-    config = dict(model.config.raw)
-    if model.family.moe is not None:
-        moe = model.family.moe
-        config |= dict.fromkeys(moe.expert_keys, experts)
-        config |= {key: experts for key in moe.other_keys if key in config}
+    tensors, units = replaced(
+        model, lambda layer: _specs(model, layer, experts), lambda layer: _units(layer, experts)
+    )
     exactness = (
         Exactness("bitwise", "every expert is kept")
         if experts == model.experts
@@ -88,7 +57,7 @@ def plan_prune(models: Sequence[Model], experts: int) -> Draft:
             f"{experts} experts divide by fewer devices than {model.experts}: expert-parallel serving "
             "often wants a multiple of 8"
         )
-    return Draft(config, tensors, units, exactness, notes=notes)
+    return Draft(recounted(model, experts), tensors, units, exactness, notes=notes)
 
 
 def transform_prune(work: Work) -> dict[str, object]:
@@ -114,13 +83,6 @@ def kept_experts(decision: Any, experts: int, count: int) -> list[int]:
     if kept != sorted(set(kept)) or len(kept) != count or not set(kept) <= set(range(experts)):
         raise MoesurgError(f"planned to keep {count} of {experts} experts, decided on {kept}")
     return kept
-
-
-def mixture(layer: Layer) -> Experts:
-    """The experts of a layer that has some."""
-    if layer.experts is None:
-        raise InputError(f"layer {layer.index} has no experts")
-    return layer.experts
 
 
 def _specs(model: Model, layer: Layer, count: int) -> Iterator[TensorSpec]:

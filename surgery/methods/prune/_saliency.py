@@ -12,13 +12,14 @@ first, stays, or is an error, as ``--unseen`` says.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...errors import InputError
-from ..base import option, required
+from ..base import Draft, option, required
 from ._keep import groups_of, keep_list, super_experts
+from ._prune import plan_prune
 
 if TYPE_CHECKING:
     import numpy as np
@@ -112,6 +113,29 @@ def constraints(
         forced = frozenset([*special, *(never if unseen == "keep" else [])])
         found[layer.index] = Constraints(special, never, forced)
     return found
+
+
+def plan_scored(models: Sequence[Model], options: Options) -> Draft:
+    """A checkpoint with ``options.experts`` of the experts of every layer."""
+    return plan_prune(models, options.experts)
+
+
+def by_score(
+    score: Callable[[LayerStatistics], Scores],
+) -> Callable[[Model, Options, Statistics, int], dict[str, Any]]:
+    """The ``decide`` of a method whose options are those here: the experts with the highest scores stay."""
+
+    def decide(model: Model, options: Options, statistics: Statistics, seed: int) -> dict[str, Any]:
+        return decide_by_score(
+            model,
+            statistics,
+            score,
+            experts=options.experts,
+            protect=options.protect,
+            unseen=options.unseen,
+        )
+
+    return decide
 
 
 def decide_by_score(

@@ -19,10 +19,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...architectures.base import PROJECTIONS
+from .._mixture import mixture
 from ..base import Draft, MethodInfo
 from ._keep import groups_of, keep_list
 from ._prune import CountOptions as Options
-from ._prune import mixture, plan_prune, transform_prune
+from ._prune import plan_prune, transform_prune
 
 if TYPE_CHECKING:
     from ...architectures.model import Experts, Model

@@ -11,16 +11,14 @@ expert that no token selects has no mean; ``--unseen`` says what becomes of it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ..base import Draft, MethodInfo
-from ._prune import plan_prune, transform_prune
-from ._saliency import Options, decide_by_score, saliency
+from ..base import MethodInfo
+from ._prune import transform_prune
+from ._saliency import Options, by_score, plan_scored, saliency
 
 if TYPE_CHECKING:
-    from ...architectures.model import Model
-    from ...calibration.statistics import LayerStatistics, Statistics
+    from ...calibration.statistics import LayerStatistics
     from ._saliency import Scores
 
 __all__ = ["INFO", "Options", "decide", "plan", "score", "transform"]
@@ -33,26 +31,11 @@ INFO = MethodInfo(
 )
 
 
-def plan(models: Sequence[Model], options: Options) -> Draft:
-    """A checkpoint with ``options.experts`` of the experts of every layer."""
-    return plan_prune(models, options.experts)
-
-
 def score(layer: LayerStatistics) -> Scores:
     """(b, alpha, beta) = (1, 0, 1)."""
     return saliency(layer, mean=True, gate=0, norm=1)
 
 
-def decide(model: Model, options: Options, statistics: Statistics, seed: int) -> dict[str, Any]:
-    """The experts with the highest scores."""
-    return decide_by_score(
-        model,
-        statistics,
-        score,
-        experts=options.experts,
-        protect=options.protect,
-        unseen=options.unseen,
-    )
-
-
+plan = plan_scored
+decide = by_score(score)
 transform = transform_prune

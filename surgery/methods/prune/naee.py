@@ -29,10 +29,11 @@ from typing import TYPE_CHECKING, Any
 
 from ...architectures.routing import route
 from ...errors import InputError, UsageError
+from .._mixture import mixture
 from ..base import Draft, MethodInfo, option, required
 from ..experts._function import require_plain
 from ._keep import candidates, groups_of, subsets
-from ._prune import mixture, plan_prune, transform_prune
+from ._prune import plan_prune, transform_prune
 from ._saliency import PROTECT, PROTECT_HELP, UNSEEN, constraints
 
 if TYPE_CHECKING:

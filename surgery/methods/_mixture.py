@@ -1,0 +1,94 @@
+"""What every method that changes how many experts a mixture has needs of a plan: the rest of the model, unchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from ..checkpoint.layout import TensorSpec
+from ..errors import InputError
+from ..plan import Unit, copy_unit
+
+if TYPE_CHECKING:
+    from ..architectures.model import Experts, Layer, Model
+
+
+def one_mixture(models: Sequence[Model], doing: str, done: str) -> Model:
+    """The only input, checked to have experts.
+
+    Args:
+        doing, done: the verb in an error, such as ``pruning`` and ``prune``.
+    """
+    if len(models) != 1:
+        raise InputError(f"{doing} experts takes one mixture of experts, {len(models)} were given")
+    model = models[0]
+    if not model.is_moe or not model.moe_layers:
+        raise InputError(
+            f"{model.folder}: {model.family.model_type} has no experts to {done}",
+            hint="grow experts first: moesurg upcycle",
+        )
+    return model
+
+
+def mixture(layer: Layer) -> Experts:
+    """The experts of a layer that has some."""
+    if layer.experts is None:
+        raise InputError(f"layer {layer.index} has no experts")
+    return layer.experts
+
+
+def replaced(
+    model: Model,
+    specs: Callable[[Layer], Iterable[TensorSpec]],
+    units: Callable[[Layer], Iterable[Unit]],
+) -> tuple[list[TensorSpec], list[Unit]]:
+    """Tensors and units of the model with its mixtures replaced and everything else copied.
+
+    Args:
+        specs: the tensors of a layer's new mixture, which stand where the old mixture's first tensor stood.
+        units: the units that write them.
+    """
+    tensors: list[TensorSpec] = []
+    work: list[Unit] = []
+    mixtures = {name: layer for layer in model.moe_layers for name in mixture(layer).names}
+    owner = {name: layer.index for layer in model.layers for name in layer.names}
+    planned: set[int] = set()
+    passing: dict[int | None, list[str]] = {}
+    for name in model.names():
+        if name not in mixtures:
+            shape = model.checkpoint.tensors[name].shape
+            tensors.append(TensorSpec(name, model.dtype(name), shape))
+            passing.setdefault(owner.get(name), []).append(name)
+            continue
+        layer = mixtures[name]
+        if layer.index not in planned:
+            planned.add(layer.index)
+            tensors.extend(specs(layer))
+            work.extend(units(layer))
+    for index, names in passing.items():
+        label = "outer" if index is None else f"layer.{index}"
+        moves = [(model.whole(name), [model.whole(name)]) for name in names]
+        work.append(copy_unit(f"{label}.unchanged", moves, layer=index))
+    work.sort(key=lambda unit: (unit.layer is None, unit.layer or 0))
+    return tensors, work
+
+
+def recounted(model: Model, count: int) -> dict[str, object]:
+    """The config with another number of experts, under every spelling the family's loaders read."""
+    config = dict(model.config.raw)
+    if model.family.moe is not None:
+        moe = model.family.moe
+        for key in (*moe.expert_keys, *(key for key in moe.other_keys if key in config)):
+            config[key] = count
+    return config
+
+
+def prediction_notes(model: Model) -> list[str]:
+    """What a report says of layers that predict further tokens, which pass through with all their experts."""
+    extra = model.prediction_names()
+    if not extra:
+        return []
+    return [
+        f"{len(extra)} tensors of layers after the last, which predict further tokens, are kept as they are; a "
+        "loader that uses them needs all of the original experts in them"
+    ]
