@@ -75,6 +75,11 @@ def run(request: Request, progress: Progress) -> dict[str, Any]:
     """
     started = time.monotonic()
     method = load(request.command, request.method)
+    if method.info.data == "none" and (request.data or request.calibration):
+        raise UsageError(
+            f"{request.command} --method {request.method} uses no statistics",
+            hint="leave out --data and --calibration",
+        )
     models = [Model.open(resolve(source)) for source in request.sources]
     options = method.parse(request.options)
     draft = method.plan(models, options)

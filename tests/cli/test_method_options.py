@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +17,7 @@ from moesurg.commands.method_command import VALUES, MethodCommand
 from moesurg.surgery import methods
 from moesurg.surgery.errors import MoesurgError, UsageError
 from moesurg.surgery.methods.base import Method, MethodInfo, option, required
+from tests.conftest import Result
 
 
 @dataclass(frozen=True)
@@ -202,3 +205,21 @@ def test_no_real_method_clashes_with_the_shared_options() -> None:
     commands = typer.main.get_command(program).commands  # type: ignore[attr-defined]
     for method in methods.methods():
         assert method_options.parameters(method, taken=commands[method.command].params)
+
+
+def test_text_for_a_method_that_uses_none_is_refused(
+    call_cli: Callable[..., Result], checkpoint: Callable[..., Path], root: Path
+) -> None:
+    done = call_cli(
+        "upcycle",
+        checkpoint("llama"),
+        "--method",
+        "sparse",
+        "--experts",
+        "2",
+        "--data",
+        root / "README.md",
+        "--dry-run",
+    )
+    assert done.code == 2
+    assert "uses no statistics" in done.err
