@@ -86,7 +86,10 @@ def smollm2() -> Path:
     folder = ROOT / "build" / "smollm2"
     folder.parent.mkdir(exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
-        return build(folder)
+        try:
+            return build(folder)
+        except SystemExit as error:
+            pytest.skip(f"SmolLM2 cannot be built here: {error}")
 
 
 @pytest.fixture(scope="session")

@@ -167,8 +167,11 @@ def test_outputs_generate_and_both_layouts_decide_alike(
 @pytest.mark.parametrize("method", DATA_FREE)
 def test_data_free_methods_see_no_text(checkpoint: Checkpoint, tmp_path: Path, method: str) -> None:
     source = checkpoint("mixtral")
-    missing = tmp_path / "missing.txt"  # would be an error if it were read
-    result = operate("prune", method, source, tmp_path / "out", experts=4, data=(missing,))
+    with pytest.raises(UsageError, match="uses no statistics"):
+        operate("prune", method, source, tmp_path / "out", experts=4, data=(tmp_path / "x.txt",))
+    with mock.patch("moesurg.surgery.calibration.run.statistics_source") as calibration:
+        result = operate("prune", method, source, tmp_path / "out", experts=4)
+    assert not calibration.called
     assert result["output"]
     assert json.loads((tmp_path / "out" / "report.json").read_text())["statistics"] is None
 
