@@ -12,7 +12,7 @@ from .calibration.sequences import tokenise
 from .checkpoint.reader import Checkpoint, contained
 from .errors import InputError, VerificationError
 from .executors.base import memory_budget
-from .modeling import FILE, PREFIX, auto_map, template
+from .modeling import PREFIX, auto_map, files
 from .progress import Progress
 from .seeding import stream
 
@@ -39,11 +39,12 @@ def verify_custom(
         VerificationError: the folder's code is not ours, or does not fit its weights.
     """
     folder = checkpoint.folder
-    if contained(folder, FILE).read_bytes() != template():
-        raise VerificationError(
-            f"{folder / FILE}: is not the model code of this version of moesurg, so it is not run",
-            hint="verify with the version that report.json names",
-        )
+    for name, code in files().items():
+        if not (folder / name).is_file() or contained(folder, name).read_bytes() != code:
+            raise VerificationError(
+                f"{folder / name}: is not the model code of this version of moesurg, so it is not run",
+                hint="verify with the version that report.json names",
+            )
     promised = dict(report["exactness"]) | {"measured": None, "reference": None}
     size, budget = int(report["output"]["bytes"]), memory_budget(None)
     if budget is not None and 4 * size > budget:

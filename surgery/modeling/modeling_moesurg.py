@@ -1,10 +1,9 @@
-"""Stock transformers models in which some linear layers are stored in low-rank form. Made by moesurg.
+"""Stock transformers models with parts that no stock class has. Made by moesurg.
 
-`config.json` lists the layers below ``moesurg_linears``, by module name inside the base model:
-``{"layers.0.mlp.up_proj": {"form": "pivot", "rank": 256}, ...}``. Every other part is the stock class; attention
-implementations, cache and generation are its own.
-
-Classes are made when asked for: ``MoesurgLlamaForCausalLM`` subclasses ``transformers.LlamaForCausalLM``.
+Classes are made when asked for: ``MoesurgLlamaForCausalLM`` subclasses ``transformers.LlamaForCausalLM``. What differs
+from the stock class is said in `config.json` below a key for each part, and described in that part's file,
+``moesurg_<part>.py``. Everything else, such as attention implementations, cache and generation, is the stock
+class's own.
 """
 
 from __future__ import annotations
@@ -12,72 +11,14 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import torch
 import transformers
-from torch import nn
 
+# Imports of this form are those that transformers follows when it copies a folder's code.
+from .moesurg_linears import KEY as LINEARS
+from .moesurg_linears import apply as apply_linears
 
-class FactorsLinear(nn.Module):
-    """y = B (A x) + b."""
-
-    def __init__(self, inputs: int, outputs: int, rank: int, bias: bool) -> None:
-        super().__init__()
-        self.lowrank_A = nn.Linear(inputs, rank, bias=False)
-        self.lowrank_B = nn.Linear(rank, outputs, bias=False)
-        self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.lowrank_B(self.lowrank_A(x))
-        return y if self.bias is None else y + self.bias
-
-
-class PivotLinear(nn.Module):
-    """Some rows of the weight as they are (``pivot_rows``), the others as combinations of these.
-
-    ``pivot_index`` lists the places of the rows in the output, ascending.
-    """
-
-    def __init__(self, inputs: int, outputs: int, rank: int, bias: bool) -> None:
-        super().__init__()
-        self.pivot_rows = nn.Linear(inputs, rank, bias=False)
-        self.pivot_coef = nn.Linear(rank, outputs - rank, bias=False)
-        self.register_buffer("pivot_index", torch.arange(rank, dtype=torch.int32))
-        self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        pivots: torch.Tensor = self.pivot_rows(x)
-        both = torch.cat([pivots, self.pivot_coef(pivots)], dim=-1)
-        y = both.index_select(-1, self._order())
-        return y if self.bias is None else y + self.bias
-
-    def _order(self) -> torch.Tensor:
-        """For each output its place in pivots followed by others."""
-        rank, others = self.pivot_coef.in_features, self.pivot_coef.out_features
-        index: Any = self.pivot_index
-        chosen = torch.zeros(rank + others, dtype=torch.long, device=index.device)
-        chosen = chosen.index_fill(0, index.long(), 1)
-        among_others = rank + (1 - chosen).cumsum(0) - 1
-        return torch.where(chosen.bool(), chosen.cumsum(0) - 1, among_others)
-
-
-FORMS = {"factors": FactorsLinear, "pivot": PivotLinear}
-
-
-def replace_linears(body: nn.Module, linears: dict[str, dict[str, Any]]) -> None:
-    """Put low-rank layers in the place of the listed linear layers of a base model.
-
-    Raises:
-        ValueError: a name is not that of a linear layer, or a form is unknown.
-    """
-    for name, entry in linears.items():
-        parent_name, _, leaf = name.rpartition(".")
-        parent = body.get_submodule(parent_name)
-        old = getattr(parent, leaf, None)
-        if type(old) is not nn.Linear or entry.get("form") not in FORMS:
-            raise ValueError(f"config.json: {name} is no linear layer or has an unknown form")
-        bias = old.bias is not None
-        new = FORMS[entry["form"]](old.in_features, old.out_features, int(entry["rank"]), bias)
-        setattr(parent, leaf, new)
+PARTS = ((LINEARS, apply_linears),)
+"""Key in the config and function of every part, in the order in which they change a model."""
 
 
 def _config_class(stock: Any) -> type:
@@ -86,7 +27,7 @@ def _config_class(stock: Any) -> type:
         (stock,),
         {
             "__module__": __name__,
-            "__doc__": f"{stock.__name__} with a list of low-rank layers.",
+            "__doc__": f"{stock.__name__} with the keys of the parts that are not stock.",
             "model_type": "moesurg_" + stock.model_type,
             "base_model_tp_plan": {},  # a stock plan would split layers that are not stock
         },
@@ -96,14 +37,16 @@ def _config_class(stock: Any) -> type:
 def _model_class(stock: Any, config_class: type) -> type:
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         stock.__init__(self, config, *args, **kwargs)
-        replace_linears(self.base_model, getattr(config, "moesurg_linears", {}))
+        for key, apply in PARTS:
+            if getattr(config, key, None):
+                apply(self.base_model, config)
 
     return type(
         "Moesurg" + stock.__name__,
         (stock,),
         {
             "__module__": __name__,
-            "__doc__": f"{stock.__name__} with low-rank layers.",
+            "__doc__": f"{stock.__name__} with parts that are not stock.",
             "__init__": __init__,
             "config_class": config_class,
         },

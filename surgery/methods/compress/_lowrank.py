@@ -11,7 +11,7 @@ from ...architectures.linears import GROUPS, Linear, linears
 from ...checkpoint.layout import TensorSpec
 from ...checkpoint.region import Region
 from ...errors import InputError, UsageError
-from ...modeling import FILE, PREFIX, auto_map, template
+from ...modeling import custom_config, files
 from ...plan import Unit, copy_unit
 from ..base import Draft, Exactness
 from ._ranks import FORMS, Ranks, uniform_ranks
@@ -240,20 +240,15 @@ def _custom(
     """Config and files of an output that brings its own model code."""
     family = model.family
     body = family.embedding.partition(".")[0] + "."
-    config = dict(model.config.raw)
-    config.update(
-        model_type=PREFIX + family.model_type,
-        architectures=["Moesurg" + family.class_name],
-        auto_map=auto_map(family.class_name),
-        moesurg_linears={
-            region.tensor.removeprefix(body).removesuffix(".weight"): {
-                "form": form,
-                "rank": ranks.ranks[_shape(region)],
-            }
-            for region in cut
-        },
-    )
-    return config, {FILE: template()}
+    config = custom_config(family, model.config.raw)
+    config["moesurg_linears"] = {
+        region.tensor.removeprefix(body).removesuffix(".weight"): {
+            "form": form,
+            "rank": ranks.ranks[_shape(region)],
+        }
+        for region in cut
+    }
+    return config, files()
 
 
 def _notes(
