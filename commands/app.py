@@ -16,6 +16,7 @@ from moesurg.surgery.errors import MoesurgError
 from . import (
     calibrate,
     compress,
+    convert,
     evaluate,
     inspect,
     merge,
@@ -79,6 +80,7 @@ for _command in (
     merge,
     prune,
     compress,
+    convert,
     calibrate,
     inspect,
     evaluate,
@@ -135,8 +137,8 @@ def _usage(error: typer.TyperException) -> int:
         return error.exit_code  # the help is already on the screen
     path = context.command_path if context is not None else "moesurg"
     method = None if context is None else context.meta.get(METHOD)
-    if method is not None:
-        path += f" --method {method.name}"
+    if context is not None and method is not None:
+        path = f"moesurg {context.command.spelt(method.name)}"
     output.failure(error.format_message().rstrip("."), f"run `{path} --help`")
     return error.exit_code
 

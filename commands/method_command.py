@@ -40,7 +40,7 @@ class MethodCommand(TyperCommand):
         """Find the method, then parse with its options added."""
         command = self._command
         known = methods.names(command)
-        name = _value_of("--method", args)
+        name = self._chosen(args, known)
         helping = any(flag in args for flag in ctx.help_option_names)
         if name is not None and name not in known:
             if not ctx.resilient_parsing:
@@ -53,7 +53,7 @@ class MethodCommand(TyperCommand):
             ctx.meta[METHOD] = method
             ctx.meta[_PARAMETERS] = method_options.parameters(method, taken=self.params)
         elif args and not helping and not ctx.resilient_parsing:
-            raise UsageError(f"{command} needs --method", hint=f"its methods are {_listed(known)}")
+            raise self._none_chosen(known)
         try:
             return super().parse_args(ctx, args)
         except typer.TyperException as error:
@@ -80,7 +80,20 @@ class MethodCommand(TyperCommand):
             shown.epilog = escape(_sources_and_needs(method))
         TyperCommand.format_help(shown, ctx, formatter)
         if method is None:
-            _print_methods(self._command)
+            _print_methods(self._command, self.spelt("NAME"))
+
+    def _chosen(self, args: Sequence[str], known: Sequence[str]) -> str | None:
+        """The method that unparsed arguments name."""
+        return _value_of("--method", args)
+
+    def _none_chosen(self, known: Sequence[str]) -> UsageError:
+        return UsageError(
+            f"{self._command} needs --method", hint=f"its methods are {_listed(known)}"
+        )
+
+    def spelt(self, method: str) -> str:
+        """How the command line names a method."""
+        return f"{self._command} --method {method}"
 
     @property
     def _command(self) -> str:
@@ -94,10 +107,33 @@ class MethodCommand(TyperCommand):
         own = method_options.flags(method)
         shared = [option for parameter in super().get_params(ctx) for option in parameter.opts]
         return UsageError(
-            f"{self._command} --method {method.name} has no option {wrong}"
-            f"{_like(wrong, [*own, *shared])}",
+            f"{self.spelt(method.name)} has no option {wrong}{_like(wrong, [*own, *shared])}",
             hint=f"options of {method.name} are {_listed(own)}",
         )
+
+
+class FlagCommand(MethodCommand):
+    """A command of which each method is chosen by an option called like it: ``convert --layout fused``."""
+
+    def _chosen(self, args: Sequence[str], known: Sequence[str]) -> str | None:
+        before = args[: args.index("--")] if "--" in args else args
+        given = {word.partition("=")[0] for word in before}
+        found = [name for name in known if f"--{name}" in given]
+        if len(found) > 1:
+            flags = " and ".join(f"--{name}" for name in found)
+            raise UsageError(
+                f"{self._command}: {flags} exclude each other", hint="give one of them"
+            )
+        return found[0] if found else None
+
+    def _none_chosen(self, known: Sequence[str]) -> UsageError:
+        return UsageError(
+            f"{self._command} needs one of {', '.join(f'--{name}' for name in known)}",
+            hint=f"moesurg {self._command} --help lists them",
+        )
+
+    def spelt(self, method: str) -> str:
+        return f"{self._command} --{method}"
 
 
 def _value_of(option: str, args: Sequence[str]) -> str | None:
@@ -122,7 +158,7 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names) if names else "none yet"
 
 
-def _print_methods(command: str) -> None:
+def _print_methods(command: str, spelt: str) -> None:
     """The methods of a command below its help, in the same frame as the options."""
     known = [methods.load(command, name) for name in methods.names(command)]
     found = Table.grid(padding=(0, 2))
@@ -130,7 +166,7 @@ def _print_methods(command: str) -> None:
     found.add_column()
     for method in known:
         found.add_row(method.name, Text(method.info.summary))
-    title = f"Methods (moesurg {command} --method NAME --help shows the options of one)"
+    title = f"Methods (moesurg {spelt} --help shows the options of one)"
     frame = Panel(found if known else Text("none yet"), title=title, title_align="left")
     frame.border_style = "dim"
     Console(no_color=bool(os.environ.get("NO_COLOR"))).print(frame)

@@ -15,11 +15,15 @@ if TYPE_CHECKING:
 
 FOLDERS = {
     "compress": ("compress",),
+    "convert": ("convert",),
     "merge": ("experts",),
     "prune": ("prune",),
     "upcycle": ("upcycle",),
 }
 """Which folders hold the methods of a command."""
+
+BY_FLAG = frozenset({"convert"})
+"""Commands without ``--method``: a method is chosen by its first option, which is called like the method."""
 
 
 @cache

@@ -34,9 +34,9 @@ def option(default: Any, help: str, *, choices: Sequence[str] = (), metavar: str
     )
 
 
-def required(help: str, *, metavar: str = "") -> Any:
+def required(help: str, *, choices: Sequence[str] = (), metavar: str = "") -> Any:
     """A field without a default."""
-    return field(metadata={"help": help, "choices": (), "metavar": metavar})
+    return field(metadata={"help": help, "choices": tuple(choices), "metavar": metavar})
 
 
 @dataclass(frozen=True)

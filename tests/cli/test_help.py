@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shlex
 from collections.abc import Callable, Iterator
@@ -39,6 +40,7 @@ def test_the_commands_are_the_documented_ones() -> None:
         "merge",
         "prune",
         "compress",
+        "convert",
         "calibrate",
         "inspect",
         "eval",
@@ -64,14 +66,18 @@ def test_every_method_explains_itself(method: Any, call_cli: Callable[..., Any])
     assert len(method.description) > 80
     for parameter in parameters_of(method.command, method.name):
         assert parameter.help
-    shown = call_cli(method.command, "--method", method.name, "--help")
+    chosen = ["--method", method.name]
+    if method.command in methods.BY_FLAG:
+        (own, *_) = dataclasses.fields(method.options)
+        chosen = [f"--{method.name}", *own.metadata["choices"][:1]]
+    shown = call_cli(method.command, *chosen, "--help")
     assert shown.code == 0
     flat = re.sub(r"\s+", "", shown.out)
     for flag in method_options.flags(method):
         assert flag in flat
 
 
-@pytest.mark.parametrize("command", ["compress", "merge", "prune", "upcycle"])
+@pytest.mark.parametrize("command", ["compress", "convert", "merge", "prune", "upcycle"])
 def test_help_without_a_method_lists_the_methods(
     command: str, call_cli: Callable[..., Any]
 ) -> None:
@@ -119,6 +125,8 @@ def test_the_readme_uses_existing_commands_and_options(root: Path) -> None:
     assert {call[0] for call in calls} >= set(COMMANDS) - {"methods"}
     for call in calls:
         method = call[call.index("--method") + 1] if "--method" in call else None
+        if call[0] in methods.BY_FLAG:
+            (method,) = [name for name in methods.names(call[0]) if f"--{name}" in call]
         known = {
             flag
             for parameter in parameters_of(call[0], method)

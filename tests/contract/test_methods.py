@@ -29,11 +29,13 @@ SOURCES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "upcycle bam-fixed": [("llama", BF16), ("llama", {**BF16, "seed": 1})],
     "upcycle btx": [("llama", BF16), ("llama", {**BF16, "seed": 1})],
     "compress": [("llama", BF16)],
+    "convert": [("qwen3_moe", BF16)],
 }
 """Sources that every method of a command takes, and those of methods that need others."""
 OPTIONS: dict[str, dict[str, Any]] = {
     "upcycle split": {"experts": 2},
     "upcycle virtual-groups": {"granularity": 2},
+    "convert layout": {"layout": "fused"},
 }
 """Options without which a method does not start, or not on these sources."""
 

@@ -1,0 +1,1 @@
+"""Methods of ``moesurg convert``: the same function, stored in another way."""
