@@ -1,4 +1,4 @@
-"""Facts that the Granite mixtures share. Not a family of its own."""
+"""Facts that the Granite families share. Not a family of its own."""
 
 from .base import RouterRule, attention_shapes
 from .config import Config
@@ -14,7 +14,7 @@ HUB = ExpertLayout(
 )
 STOCK = fused("block_sparse_moe.router.weight", "block_sparse_moe.experts")
 
-DEFAULTS: dict[str, object] = {
+DENSE_DEFAULTS: dict[str, object] = {
     "hidden_act": "silu",
     "rms_norm_eps": 1e-6,
     "max_position_embeddings": 2048,
@@ -26,6 +26,9 @@ DEFAULTS: dict[str, object] = {
     "logits_scaling": 1.0,
     "residual_multiplier": 1.0,
     "attention_multiplier": 1.0,
+}
+DEFAULTS: dict[str, object] = {
+    **DENSE_DEFAULTS,
     "num_local_experts": 8,
     "num_experts_per_tok": 2,
 }

@@ -106,6 +106,16 @@ class Config:
         return dict(self._all)
 
 
+def refuse_flag(config: Config, key: str, reason: str) -> None:
+    """Refuse a parent that sets a flag.
+
+    Raises:
+        InputError: with the reason.
+    """
+    if config.flag(key):
+        raise InputError(f"{config.where}: {key} is set, and {reason}")
+
+
 def both_rope_spellings(config: dict[str, object]) -> dict[str, object]:
     """The config with rotary settings as transformers 4 (``rope_theta``, ``rope_scaling``) and 5
     (``rope_parameters``) read them. A loader that finds only the other spelling silently uses defaults.

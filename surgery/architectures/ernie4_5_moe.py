@@ -3,9 +3,11 @@
 What the checkpoint holds for predicting further tokens (``mtp``) stock classes leave aside; it is passed through.
 """
 
+from collections.abc import Mapping
+
 from ..errors import InputError
-from .base import Family, MoE, RouterRule, Shapes, attention_shapes
-from .config import Config
+from .base import PROJECTIONS, DenseTarget, Family, MoE, RouterRule, Shapes, attention_shapes
+from .config import Config, both_rope_spellings, refuse_flag
 from .layouts import fused, per_expert
 
 CORRECTION = "moe_statics.e_score_correction_bias"
@@ -54,6 +56,36 @@ def _shared(config: Config) -> Shapes:
     return found
 
 
+def _from_dense(parent: Config, experts: int, top_k: int) -> dict[str, object]:
+    refuse_flag(parent, "use_bias", "the experts of ERNIE-4.5 have no biases")
+    config = parent.completed()
+    config.update(
+        moe_num_experts=experts,
+        moe_k=top_k,
+        moe_num_shared_experts=0,
+        moe_intermediate_size=parent.integer("intermediate_size"),
+        moe_layer_start_index=0,
+        moe_layer_end_index=parent.layers - 1,
+        moe_layer_interval=1,
+        moe_norm_min=1e-12,
+        output_router_logits=False,
+        router_aux_loss_coef=0.001,
+    )
+    return both_rope_spellings(config)
+
+
+def _shared_size(config: Mapping[str, object], width: int) -> dict[str, object]:
+    """The shared expert is as wide as a whole number of routed ones."""
+    one = config["moe_intermediate_size"]
+    if not isinstance(one, int) or width % one:
+        raise InputError(
+            f"ERNIE-4.5's shared expert is as wide as a whole number of routed experts; {width} is no multiple "
+            f"of {one}",
+            hint="choose an expert width that divides the shared one",
+        )
+    return {"moe_num_shared_experts": width // one}
+
+
 FAMILY = Family(
     model_type="ernie4_5_moe",
     class_name="Ernie4_5_MoeForCausalLM",
@@ -93,4 +125,10 @@ FAMILY = Family(
     ),
     head_bias=lambda config: config.flag("use_bias"),
     prediction_prefixes=("model.mtp_", "mtp_"),
+    target=DenseTarget(
+        ("ernie4_5",),
+        _from_dense,
+        neutral_shared={role: f"mlp.shared_experts.{role}_proj.weight" for role in PROJECTIONS},
+        shared_size=_shared_size,
+    ),
 )

@@ -1,23 +1,28 @@
 """FlexOlmo: OLMo-2's block (norms after attention and feed-forward, none before), OLMoE's router and experts."""
 
+from ._olmo import olmo_attention
 from ._qwen import qwen_rule
-from .base import Family, MoE, Shape, attention_shapes
-from .config import Config
+from .base import DenseTarget, Family, MoE
+from .config import Config, both_rope_spellings
 from .layouts import FUSED, PER_EXPERT
 
 
-def _attention(config: Config) -> dict[str, Shape]:
-    biased = config.flag("attention_bias")
-    shapes = attention_shapes(config, qkv_bias=biased, output_bias=biased, qk_norm="full")
-    del shapes["input_layernorm.weight"]
-    shapes["post_feedforward_layernorm.weight"] = (config.hidden,)
-    return shapes
+def _from_dense(parent: Config, experts: int, top_k: int) -> dict[str, object]:
+    config = parent.completed()
+    config.update(
+        num_experts=experts,
+        num_experts_per_tok=top_k,
+        norm_topk_prob=True,
+        output_router_logits=False,
+        router_aux_loss_coef=0.01,
+    )
+    return both_rope_spellings(config)
 
 
 FAMILY = Family(
     model_type="flex_olmo",
     class_name="FlexOlmoForCausalLM",
-    attention=_attention,
+    attention=olmo_attention,
     defaults={
         "hidden_act": "silu",
         "rms_norm_eps": 1e-6,
@@ -37,4 +42,5 @@ FAMILY = Family(
         width_key="intermediate_size",
         rule=qwen_rule,
     ),
+    target=DenseTarget(("olmo2",), _from_dense),
 )

@@ -1,19 +1,14 @@
 """HunYuan-A13B: head norms after the rotation, renormalised softmax router, one ungated shared feed-forward."""
 
+from collections.abc import Mapping
+
 from ..errors import InputError
-from .base import Family, MoE, RouterRule, Shape, Shapes, attention_shapes
-from .config import Config
+from ._hunyuan import hunyuan_attention
+from .base import DenseTarget, Family, MoE, RouterRule, Shapes
+from .config import Config, both_rope_spellings
 from .layouts import fused, per_expert
 
 STOCK = fused("mlp.gate.wg.weight")
-
-
-def _attention(config: Config) -> dict[str, Shape]:
-    biased = config.flag("attention_bias")
-    shapes = attention_shapes(config, qkv_bias=biased, output_bias=biased)
-    shapes["self_attn.query_layernorm.weight"] = (config.head_dim,)
-    shapes["self_attn.key_layernorm.weight"] = (config.head_dim,)
-    return shapes
 
 
 def _rule(config: Config) -> RouterRule:
@@ -29,19 +24,43 @@ def _rule(config: Config) -> RouterRule:
     return RouterRule("softmax", config.integer("moe_topk"), renormalise=True)
 
 
+SHARED = {
+    "gate": "mlp.shared_mlp.gate_proj.weight",
+    "up": "mlp.shared_mlp.up_proj.weight",
+    "down": "mlp.shared_mlp.down_proj.weight",
+}
+
+
 def _shared(config: Config) -> Shapes:
     hidden, width = config.hidden, config.integer("intermediate_size")
     return {
-        "mlp.shared_mlp.gate_proj.weight": (width, hidden),
-        "mlp.shared_mlp.up_proj.weight": (width, hidden),
-        "mlp.shared_mlp.down_proj.weight": (hidden, width),
+        SHARED["gate"]: (width, hidden),
+        SHARED["up"]: (width, hidden),
+        SHARED["down"]: (hidden, width),
     }
+
+
+def _from_dense(parent: Config, experts: int, top_k: int) -> dict[str, object]:
+    config = parent.completed()
+    config.update(num_experts=experts, moe_topk=top_k, output_router_logits=False)
+    return both_rope_spellings(config)
+
+
+def _shared_size(config: Mapping[str, object], width: int) -> dict[str, object]:
+    """One config key is the width of every expert, the shared one among them."""
+    if config["intermediate_size"] != width:
+        raise InputError(
+            f"HunYuan's shared expert is as wide as the routed ones; {width} and "
+            f"{config['intermediate_size']} neurons differ",
+            hint="choose routed experts of the parent's width",
+        )
+    return {}
 
 
 FAMILY = Family(
     model_type="hunyuan_v1_moe",
     class_name="HunYuanMoEV1ForCausalLM",
-    attention=_attention,
+    attention=hunyuan_attention,
     defaults={
         "hidden_act": "silu",
         "rms_norm_eps": 1e-5,
@@ -62,5 +81,11 @@ FAMILY = Family(
         rule=_rule,
         shared=_shared,
         stock=STOCK,
+    ),
+    target=DenseTarget(
+        ("hunyuan_v1_dense",),
+        _from_dense,
+        neutral_shared=SHARED,
+        shared_size=_shared_size,
     ),
 )

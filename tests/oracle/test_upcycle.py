@@ -20,6 +20,10 @@ PAIRS = [
     ("mistral", "qwen2_moe"),
     ("qwen2", "qwen2_moe"),
     ("qwen3", "qwen3_moe"),
+    ("granite", "granitemoe"),
+    ("olmo2", "flex_olmo"),
+    ("ernie4_5", "ernie4_5_moe"),
+    ("hunyuan_v1_dense", "hunyuan_v1_moe"),
 ]
 
 

@@ -72,6 +72,7 @@ class Mixture:
         return {
             role: Region(layer.prefix + name, shapes[name])
             for role, name in self.target.neutral_shared.items()
+            if name in shapes
         }
 
 
@@ -185,8 +186,9 @@ def draft(
         if name in ffn and layer is not None:
             if name == layer.ffn[PROJECTIONS[0]].tensor:
                 tensors.extend(_specs(mixture, layer))
-                own, copies = fill(layer, mixture.experts[layer.index])
-                units.extend(own)
+                experts = mixture.experts[layer.index]
+                own, copies = fill(layer, experts)
+                units.extend([*own, *_bias_units(layer, experts)])
                 moves.setdefault(index, []).extend(copies)
             continue
         shape = shapes.get(name, model.checkpoint.tensors[name].shape)
@@ -265,6 +267,8 @@ def fill_common(work: Work) -> dict[str, object] | None:
         return _draw_router(work)
     if part == "neutral":
         return _fill_neutral(work)
+    if part == "zeros":
+        return _fill_zeros(work)
     return None
 
 
@@ -292,6 +296,23 @@ def _refuse_ties(work: Work, rows: torch.Tensor, region: Region) -> None:
             f"{region.tensor}: rows of two groups are tied in the stored type",
             hint="choose a larger --router-std",
         )
+
+
+def _bias_units(layer: Layer, experts: Experts) -> list[Unit]:
+    """The unit that writes what a family adds to the router's scores, which starts at zero; none where none is."""
+    biases = tuple(experts.routing[1:])
+    if not biases:
+        return []
+    name = f"layer.{layer.index}.router_bias"
+    return [Unit(name, "transform", layer.index, writes=biases, params={"part": "zeros"})]
+
+
+def _fill_zeros(work: Work) -> dict[str, object]:
+    import torch
+
+    for region in work.unit.writes:
+        work.write(region, torch.zeros(region.shape))
+    return {}
 
 
 def _fill_neutral(work: Work) -> dict[str, object]:
