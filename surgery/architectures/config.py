@@ -116,6 +116,25 @@ def refuse_flag(config: Config, key: str, reason: str) -> None:
         raise InputError(f"{config.where}: {key} is set, and {reason}")
 
 
+def whole_experts(config: Mapping[str, object], key: str, width: int, family: str) -> int:
+    """How many routed experts a shared one is as wide as, for families that count it so.
+
+    Args:
+        key: config key of a routed expert's width.
+
+    Raises:
+        InputError: not a whole number.
+    """
+    one = config[key]
+    if not isinstance(one, int) or width % one:
+        raise InputError(
+            f"{family}'s shared expert is as wide as a whole number of routed experts; {width} is no multiple "
+            f"of {one}",
+            hint="choose an expert width that divides the shared one",
+        )
+    return width // one
+
+
 def both_rope_spellings(config: dict[str, object]) -> dict[str, object]:
     """The config with rotary settings as transformers 4 (``rope_theta``, ``rope_scaling``) and 5
     (``rope_parameters``) read them. A loader that finds only the other spelling silently uses defaults.

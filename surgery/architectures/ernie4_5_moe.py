@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from ..errors import InputError
 from .base import PROJECTIONS, DenseTarget, Family, MoE, RouterRule, Shapes, attention_shapes
-from .config import Config, both_rope_spellings, refuse_flag
+from .config import Config, both_rope_spellings, refuse_flag, whole_experts
 from .layouts import fused, per_expert
 
 CORRECTION = "moe_statics.e_score_correction_bias"
@@ -76,14 +76,9 @@ def _from_dense(parent: Config, experts: int, top_k: int) -> dict[str, object]:
 
 def _shared_size(config: Mapping[str, object], width: int) -> dict[str, object]:
     """The shared expert is as wide as a whole number of routed ones."""
-    one = config["moe_intermediate_size"]
-    if not isinstance(one, int) or width % one:
-        raise InputError(
-            f"ERNIE-4.5's shared expert is as wide as a whole number of routed experts; {width} is no multiple "
-            f"of {one}",
-            hint="choose an expert width that divides the shared one",
-        )
-    return {"moe_num_shared_experts": width // one}
+    return {
+        "moe_num_shared_experts": whole_experts(config, "moe_intermediate_size", width, "ERNIE-4.5")
+    }
 
 
 FAMILY = Family(

@@ -25,6 +25,7 @@ from tests.oracle.test_forward import compare, sequences
 
 Checkpoint = Callable[..., Path]
 FAMILIES = [
+    "cohere2_moe",
     "deepseek_v2",
     "deepseek_v3",
     "dots1",

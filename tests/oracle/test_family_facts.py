@@ -29,7 +29,9 @@ def stock_config(family: str, **changes: Any) -> Any:
     return transformers.CONFIG_MAPPING[family](**REQUIRED.get(family, {}), **changes)
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "granite", "olmo2", "ernie4_5", "hunyuan_v1_dense"])
+@pytest.mark.parametrize(
+    "family", [*FAMILIES, "cohere2", "granite", "olmo2", "ernie4_5", "hunyuan_v1_dense"]
+)
 def test_defaults_are_those_of_stock(family: str) -> None:
     config = stock_config(family)
     rope = dict(config.rope_parameters)

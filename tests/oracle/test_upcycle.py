@@ -24,6 +24,7 @@ PAIRS = [
     ("olmo2", "flex_olmo"),
     ("ernie4_5", "ernie4_5_moe"),
     ("hunyuan_v1_dense", "hunyuan_v1_moe"),
+    ("cohere2", "cohere2_moe"),
 ]
 
 
