@@ -63,6 +63,7 @@ def inspect(source: str) -> dict[str, object]:
     active = total - routed
     if model.is_moe:
         active += routed * model.rule.top_k // model.experts
+        active -= sum(_idle_attention(model, layer) for layer in model.layers)
     record: dict[str, object] = {
         "source": source,
         "folder": str(model.folder),
@@ -128,7 +129,7 @@ def _widths(model: Model) -> dict[str, int]:
         "vocabulary": config.vocab,
     }
     if any(layer.ffn for layer in model.layers):
-        found["dense_ffn"] = config.integer("intermediate_size")
+        found["dense_ffn"] = config.integer(model.family.dense_width_key)
     if moe is not None:
         found["expert"] = config.integer(moe.width_key)
         leaves = ("down_proj.weight", "output_linear.weight")
@@ -216,6 +217,8 @@ def _moe(model: Model) -> dict[str, object]:
 def _rule_sentence(rule: RouterRule) -> str:
     if rule.score == "selected-softmax":
         parts = [f"top {rule.top_k} logits", "softmax over those"]
+    elif rule.score == "selected-sigmoid":
+        parts = [f"top {rule.top_k} logits", "sigmoid of each"]
     elif rule.score == "sparsemixer":
         parts = ["sparsemixer: each of the top 2 with its softmax over the logits near it"]
     else:
@@ -226,6 +229,8 @@ def _rule_sentence(rule: RouterRule) -> str:
         parts.append(f"within the best {rule.top_groups} of {rule.groups} groups")
     if rule.scaling != 1.0:
         parts.append(f"times {rule.scaling:g}")
+    if rule.scales_input:
+        parts.append("on what the experts are given")
     return ", ".join(parts)
 
 
@@ -269,16 +274,24 @@ def _layer_row(model: Model, layer: Layer) -> dict[str, object]:
     if layer.experts is not None:
         routed = sum(size for name, size in sizes.items() if component[name] == "experts")
         active = total - routed + routed * model.rule.top_k // layer.experts.count
+        active -= _idle_attention(model, layer)
         row.update(kind="moe", experts=layer.experts.count, top_k=model.rule.top_k)
         row["width"] = layer.experts.width
         row["shared"] = sum(sizes[name] for name in layer.shared)
     else:
-        row["width"] = model.config.integer("intermediate_size")
+        row["width"] = model.config.integer(model.family.dense_width_key)
         row["shared"] = 0
     infos = (model.checkpoint.tensors[name] for name in layer.names)
     row.update(parameters=total, active=active, bytes=sum(info.nbytes for info in infos))
     row["dtypes"] = sorted({model.dtype(name) for name in layer.names})
     return row
+
+
+def _idle_attention(model: Model, layer: Layer) -> int:
+    """Parameters of a layer's attention that belong to experts which a token does not select."""
+    names = [layer.prefix + name for name in model.family.attention_experts]
+    routed = sum(_count(model.checkpoint.tensors[name].shape) for name in names)
+    return routed - routed * model.rule.top_k // model.experts if routed else 0
 
 
 def _provenance(model: Model) -> dict[str, Any] | None:

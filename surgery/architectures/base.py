@@ -29,7 +29,8 @@ class RouterRule:
 
     Attributes:
         score: what logits become before selection: ``softmax`` over all experts, ``sigmoid`` of each,
-            ``selected-softmax``: the raw logits, and the softmax of the selected ones as weights, or
+            ``selected-softmax``: the raw logits, and the softmax of the selected ones as weights,
+            ``selected-sigmoid``: the raw logits, and the sigmoid of each selected one, or
             ``sparsemixer``: the two largest logits, each with its softmax over those near it (PhiMoE).
         top_k: experts a token selects.
         renormalise: divide the selected scores by their sum.
@@ -41,10 +42,11 @@ class RouterRule:
         top_groups: groups that selection is limited to.
         group_size: best (biased) scores whose sum is a group's score; no group may hold fewer experts.
         ordered: whether stock sorts the selected experts by score.
+        scales_input: a weight multiplies what its expert is given, and not what it gives.
         jitter: of ``sparsemixer``: logits further than twice this, relatively, below the best do not count.
     """
 
-    score: Literal["softmax", "sigmoid", "selected-softmax", "sparsemixer"]
+    score: Literal["softmax", "sigmoid", "selected-softmax", "selected-sigmoid", "sparsemixer"]
     top_k: int
     renormalise: bool
     scaling: float = 1.0
@@ -56,6 +58,7 @@ class RouterRule:
     group_size: int = 1
     ordered: bool = True
     jitter: float = 0.0
+    scales_input: bool = False
 
     @property
     def least_experts(self) -> int:
@@ -81,6 +84,7 @@ class MoE:
         rule: router semantics from the config.
         is_moe_layer: which decoder layers hold experts.
         shared: parameter shapes of shared experts of a layer, by name below the layer's prefix.
+        fixed_count: why a stock checkpoint cannot have another number of routed experts; empty where it can.
     """
 
     layouts: Sequence[ExpertLayout]
@@ -91,6 +95,7 @@ class MoE:
     shared: Callable[[Config], Shapes] = lambda config: {}
     stock: ExpertLayout = FUSED
     other_keys: Sequence[str] = ()
+    fixed_count: str = ""
 
     def experts(self, config: Config) -> int:
         return config.integer(*self.expert_keys, *self.other_keys)
@@ -127,12 +132,15 @@ class Family:
         defaults: config values that stock transformers assumes where the file is silent.
         moe: the mixture, or None for a dense family.
         dense_ffn: names of the dense feed-forward below the layer's prefix.
+        dense_width_key: config key of its width.
         target: how it is grown from a dense parent, or None.
         head_dim: width of a query head.
         logits_divisor: what the head's outputs are divided by.
         prediction_layers: config key that counts layers after the last which predict further tokens. Stock
             classes leave them aside; they are passed through as they are.
         prediction_prefixes: how else tensors of such layers are called.
+        attention_experts: names below the layer's prefix of attention's tensors with one entry per expert, of which
+            a token selects as many as of the mixture's.
         mixer: further parameter shapes that differ between layers, like ``attention``.
         norm_bias: whether the final norm has a bias beside its weight.
         head_bias: whether the output head has one.
@@ -145,6 +153,7 @@ class Family:
     defaults: Mapping[str, object] = field(default_factory=dict)
     moe: MoE | None = None
     dense_ffn: Mapping[str, str] = field(default_factory=lambda: dict(DENSE_FFN))
+    dense_width_key: str = "intermediate_size"
     dense_biases: Callable[[Config], bool] = lambda config: False
     target: DenseTarget | None = None
     prefix: str = "model.layers.{layer}."
@@ -155,6 +164,7 @@ class Family:
     logits_divisor: Callable[[Config], float] = lambda config: 1.0
     prediction_layers: str = ""
     prediction_prefixes: Sequence[str] = ()
+    attention_experts: Sequence[str] = ()
     mixer: Callable[[Config, int], Shapes] = lambda config, layer: {}
     norm_bias: bool = False
     head_bias: Callable[[Config], bool] = lambda config: False

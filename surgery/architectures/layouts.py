@@ -32,6 +32,9 @@ class ExpertLayout:
         correction_rank: 2 where that is stored as [1, E].
         transposed: fused matrices are stored [E, D, 2F] and [E, F, D].
         interleaved: gate and up alternate (g, u, g, u, ...) instead of being two halves.
+        call: of a layout whose names are a stock layer's, how the block calls its experts: ``routed``: a module of
+            theirs is given tokens, indices and weights; ``sorted``: two products over tokens sorted by expert
+            (JetMoE); ``scaled``: every expert is given every token times its weight (Llama 4).
     """
 
     kind: Kind
@@ -42,6 +45,7 @@ class ExpertLayout:
     correction_rank: int = 1
     transposed: bool = False
     interleaved: bool = False
+    call: Literal["routed", "sorted", "scaled"] = "routed"
 
     @property
     def parts(self) -> tuple[str, ...]:

@@ -225,7 +225,7 @@ class Model:
             shapes.update(self.layout.shapes(self.experts, config.hidden, width))
             shapes.update(moe.shared(config))
             return shapes
-        hidden, width = config.hidden, config.integer("intermediate_size")
+        hidden, width = config.hidden, config.integer(self.family.dense_width_key)
         for projection, name in self.family.dense_ffn.items():
             shape = (hidden, width) if projection == "down" else (width, hidden)
             shapes[name] = shape

@@ -45,6 +45,8 @@ def route(
     weights_TK = scores_TE.gather(1, indices_TK)
     if rule.score == "selected-softmax":
         weights_TK = torch.softmax(weights_TK, dim=-1)
+    elif rule.score == "selected-sigmoid":
+        weights_TK = weights_TK.sigmoid()
     if rule.renormalise:
         total_T1 = weights_TK.sum(dim=-1, keepdim=True)
         weights_TK = weights_TK / (total_T1 + rule.epsilon).clamp(min=rule.least_sum)

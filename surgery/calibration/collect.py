@@ -22,6 +22,7 @@ from torch import nn
 from ..architectures.model import Experts, Model
 from ..checkpoint.reader import TensorReader
 from ..errors import InputError, MoesurgError, UsageError
+from .blocks import recast
 from .forward import STATES_IN_MEMORY, LayerStream, Step
 from .sequences import Batch, Sequences
 from .statistics import JSON_FILE, SCHEMA_VERSION, TENSOR_FILE
@@ -97,7 +98,7 @@ class LayerCollector:
 
     def attach(self, module: nn.Module) -> None:
         """Put the collector into a materialised layer."""
-        router, experts = self.stock.modules
+        router, experts = recast(module, self.stock)
         module.get_submodule(router).register_forward_hook(self._see_logits)
         module.set_submodule(experts, CollectingExperts(module.get_submodule(experts), self))
 
@@ -126,7 +127,12 @@ class LayerCollector:
         sums.add_routing(index_TK, weight_TK[real_T], norm_TK[real_T], logits_TE[real_T])
         sums.add_inputs(input_TD)
         if self.mode == "all":
-            sums.add_all_outputs(input_TD, experts.output)
+            weight_TE = logits_TE[real_T].float().sigmoid().to(input_TD.dtype)
+
+            def output(expert: int, rows: slice) -> torch.Tensor:
+                return experts.output(expert, input_TD[rows], weight_TE[rows, expert])
+
+            sums.add_all_outputs(len(input_TD), output)
         if self.trace is not None:
             self.trace.append(index_TK.cpu())
         first, last = np.searchsorted(self.sampled, (batch.start, batch.stop))
@@ -165,13 +171,19 @@ class CollectingExperts(nn.Module):
         self.stock: Any = stock
         self.collector = collector
 
-    def output(self, expert: int, input_TD: torch.Tensor) -> torch.Tensor:
-        """f_e of [T, D] inputs."""
-        if self.collector.stock.transposed:  # neither plain matrices nor a plain activation
+    def output(self, expert: int, input_TD: torch.Tensor, weight_T: torch.Tensor) -> torch.Tensor:
+        """f_e of [T, D] inputs; what weights multiply inputs, f_e(w x) / w, so that w times it is what is added."""
+        if self.collector.stock.call == "scaled":
+            found = self._plain(expert, input_TD * weight_T[:, None])
+            return torch.where(weight_T[:, None] > 0, found / weight_T[:, None], 0.0)
+        if self.collector.stock.interleaved:  # neither plain matrices nor a plain activation
             index_T1 = torch.full((len(input_TD), 1), expert, device=input_TD.device)
             ones_T1 = torch.ones(index_T1.shape, dtype=input_TD.dtype, device=input_TD.device)
-            found: torch.Tensor = self.stock(input_TD, index_T1, ones_T1)
-            return found
+            given: torch.Tensor = self.stock(input_TD, index_T1, ones_T1)
+            return given
+        return self._plain(expert, input_TD)
+
+    def _plain(self, expert: int, input_TD: torch.Tensor) -> torch.Tensor:
         gate_TF, up_TF = nn.functional.linear(input_TD, self.stock.gate_up_proj[expert]).chunk(
             2, -1
         )
@@ -192,8 +204,9 @@ class CollectingExperts(nn.Module):
         norm_TK = torch.zeros(index_TK.shape, dtype=torch.float64, device=input_TD.device)
         for expert in torch.unique(index_TK).tolist():
             slot_N, token_N = torch.where(expert == index_TK.T)
-            output_ND = self.output(expert, input_TD[token_N])
-            weighted_ND = output_ND * weight_TK[token_N, slot_N, None]
+            weight_N = weight_TK[token_N, slot_N]
+            output_ND = self.output(expert, input_TD[token_N], weight_N)
+            weighted_ND = output_ND * weight_N[:, None]
             mixed_TD.index_add_(0, token_N, weighted_ND.to(mixed_TD.dtype))
             norm_N = torch.linalg.vector_norm(output_ND, dim=-1, dtype=torch.float64)
             norm_TK[token_N, slot_N] = norm_N

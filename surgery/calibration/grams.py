@@ -25,6 +25,7 @@ from ..architectures.linears import Linear, expert_input, linears
 from ..architectures.model import Layer, Model
 from ..checkpoint.reader import TensorReader
 from ..errors import InputError, MoesurgError
+from .blocks import recast
 from .forward import STATES_IN_MEMORY, LayerStream, Step
 from .gram_folder import JSON_FILE, SCHEMA_VERSION, layer_file
 from .sequences import Batch, Sequences
@@ -58,8 +59,10 @@ class LayerGrams:
                 part.register_forward_pre_hook(self._hook(name))
         experts = self.layer.experts
         if experts is not None:
-            block: Any = module.get_submodule("mlp")
-            block.experts = _Experts(block.experts, self)
+            _, place = recast(module, experts.stock)
+            scaled = experts.stock.call == "scaled"
+            stand_in = _Experts(module.get_submodule(place), self, scaled=scaled)
+            module.set_submodule(place, stand_in)
             for expert in range(experts.count):
                 self._start(expert_input(expert), experts.width)
             self._start(expert_input(), experts.hidden)
@@ -121,27 +124,37 @@ class LayerGrams:
 
 
 class _Experts(nn.Module):
-    """Stands for the stock experts, computes what they do and sees what goes into each matrix."""
+    """Stands for the stock experts, computes what they do and sees what goes into each matrix.
 
-    def __init__(self, stock: nn.Module, grams: LayerGrams) -> None:
+    Args:
+        scaled: inputs are multiplied by the weights, not outputs; what is seen are the multiplied ones.
+    """
+
+    def __init__(self, stock: nn.Module, grams: LayerGrams, *, scaled: bool) -> None:
         super().__init__()
         self.stock: Any = stock
-        self.grams = grams
+        self.grams, self.scaled = grams, scaled
 
     def forward(
         self, input_TD: torch.Tensor, index_TK: torch.Tensor, weight_TK: torch.Tensor
     ) -> torch.Tensor:
         real_T = self.grams.real_T
-        self.grams.add(expert_input(), input_TD[real_T])
+        if not self.scaled:
+            self.grams.add(expert_input(), input_TD[real_T])
         mixed_TD = torch.zeros_like(input_TD)
         for expert in torch.unique(index_TK).tolist():
             slot_N, token_N = torch.where(expert == index_TK.T)
-            both_N2F = nn.functional.linear(input_TD[token_N], self.stock.gate_up_proj[expert])
+            weight_N1, given_ND = weight_TK[token_N, slot_N, None], input_TD[token_N]
+            if self.scaled:
+                given_ND = given_ND * weight_N1
+                self.grams.add(expert_input(), given_ND[real_T[token_N]])
+                weight_N1 = torch.ones_like(weight_N1)
+            both_N2F = nn.functional.linear(given_ND, self.stock.gate_up_proj[expert])
             gate_NF, up_NF = both_N2F.chunk(2, -1)
             hidden_NF = self.stock.act_fn(gate_NF) * up_NF
             self.grams.add(expert_input(expert), hidden_NF[real_T[token_N]])
             output_ND = nn.functional.linear(hidden_NF, self.stock.down_proj[expert])
-            weighted_ND = output_ND * weight_TK[token_N, slot_N, None]
+            weighted_ND = output_ND * weight_N1
             mixed_TD.index_add_(0, token_N, weighted_ND.to(mixed_TD.dtype))
         return mixed_TD
 

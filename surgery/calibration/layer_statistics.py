@@ -3,7 +3,9 @@ torch.
 
 Fields are float64 sums over tokens, so that domains add up. E counts experts, D is the model width.
 For a token, g_i is the coefficient that multiplies the output f_i of a selected expert (0 where it
-is not selected), and n_i = ||f_i||. The letters after a name are its dimensions.
+is not selected), and n_i = ||f_i||. Where the router scales what experts are given (Llama 4), f_i is
+the expert's part of the layer's output divided by g_i, so that g_i f_i is that part in every
+family. The letters after a name are its dimensions.
 """
 
 from __future__ import annotations

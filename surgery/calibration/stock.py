@@ -73,7 +73,7 @@ class StockModel:
     def __init__(self, model: Model, device: torch.device, dtype: torch.dtype) -> None:
         self.model, self.device, self.dtype = model, device, dtype
         whole = _build(model, dtype)
-        body: Any = whole.base_model
+        body: Any = whole.model
         self._layers: list[nn.Module] = list(body.layers)
         self._recorders = [_Recorder() for _ in self._layers]
         self._norm: nn.Module = body.norm
@@ -221,6 +221,9 @@ def replace_experts(
         parameter = isinstance(old, nn.Parameter)
         setattr(owner, name, nn.Parameter(new, requires_grad=False) if parameter else new)
         owner.num_experts = router_ED.shape[0]
+        outside: Any = module.get_submodule(place.rpartition(".")[0])
+        if hasattr(outside, "num_experts"):  # JetMoE's router is a module around a linear layer
+            outside.num_experts = router_ED.shape[0]
 
 
 def _build(model: Model, dtype: torch.dtype) -> Any:

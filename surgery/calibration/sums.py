@@ -105,25 +105,25 @@ class Sums:
             input_TD = input_TD.double()
             self._add("input_gram_DD", input_TD.T @ input_TD)
 
-    def add_all_outputs(
-        self, input_TD: torch.Tensor, expert: Callable[[int, torch.Tensor], torch.Tensor]
-    ) -> None:
+    def add_all_outputs(self, tokens: int, expert: Callable[[int, slice], torch.Tensor]) -> None:
         """Outputs of every expert on every token, in blocks of tokens.
 
         Args:
-            input_TD: inputs of the mixture.
-            expert: the function of one expert, [T, D] to [T, D].
+            tokens: T.
+            expert: the outputs [N, D] of one expert on a range of N tokens.
         """
         per_token = self.experts * self.hidden
         block = max(1, OUTPUT_BYTES // (4 * per_token))
         inner = max(1, GRAM_BYTES // (8 * per_token))
-        for start in range(0, len(input_TD), block):
-            x_TD = input_TD[start : start + block]
-            shape = (len(x_TD), self.experts, self.hidden)
-            output_TED = torch.empty(shape, dtype=torch.float32, device=x_TD.device)
+        device = self.fields["output_ED"].device
+        for start in range(0, tokens, block):
+            rows = slice(start, min(start + block, tokens))
+            count = rows.stop - rows.start
+            shape = (count, self.experts, self.hidden)
+            output_TED = torch.empty(shape, dtype=torch.float32, device=device)
             for index in range(self.experts):
-                output_TED[:, index] = expert(index, x_TD)
-            for begin in range(0, len(x_TD), inner):
+                output_TED[:, index] = expert(index, rows)
+            for begin in range(0, count, inner):
                 self._add_outputs(output_TED[begin : begin + inner].double())
 
     def _add_outputs(self, output_TED: torch.Tensor) -> None:

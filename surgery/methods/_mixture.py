@@ -74,10 +74,20 @@ def replaced(
 
 
 def recounted(model: Model, count: int) -> dict[str, object]:
-    """The config with another number of experts, under every spelling the family's loaders read."""
+    """The config with another number of experts, under every spelling the family's loaders read.
+
+    Raises:
+        InputError: the family's classes cannot have another number.
+    """
     config = dict(model.config.raw)
     if model.family.moe is not None:
         moe = model.family.moe
+        if moe.fixed_count and count != model.experts:
+            raise InputError(
+                f"{model.folder}: {model.family.model_type} cannot have {count} of its {model.experts} experts in a "
+                f"stock checkpoint: {moe.fixed_count}",
+                hint="merge --router tied keeps the number, and merges all the same",
+            )
         for key in (*moe.expert_keys, *(key for key in moe.other_keys if key in config)):
             config[key] = count
     return config

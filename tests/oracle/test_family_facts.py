@@ -13,7 +13,7 @@ from moesurg.surgery.architectures import families
 from moesurg.surgery.architectures.model import Model
 from moesurg.surgery.checkpoint.header import TensorInfo
 from moesurg.surgery.checkpoint.reader import Checkpoint
-from tests.oracle.test_families import FAMILIES
+from tests.oracle.test_families import CALLS, FAMILIES
 
 REQUIRED: dict[str, dict[str, int]] = {
     "deepseek_v2": {"num_experts_per_tok": 6},
@@ -30,7 +30,7 @@ def stock_config(family: str, **changes: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    "family", [*FAMILIES, "cohere2", "granite", "olmo2", "ernie4_5", "hunyuan_v1_dense"]
+    "family", [*FAMILIES, *CALLS, "cohere2", "granite", "olmo2", "ernie4_5", "hunyuan_v1_dense"]
 )
 def test_defaults_are_those_of_stock(family: str) -> None:
     config = stock_config(family)
@@ -44,7 +44,7 @@ def test_defaults_are_those_of_stock(family: str) -> None:
             assert value == getattr(config, key), key
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *CALLS])
 def test_shapes_are_those_of_the_full_size(family: str) -> None:
     """Every tensor of a four-layer model of the family's own sizes, with what the defaults fill in left out."""
     facts = families()[family]

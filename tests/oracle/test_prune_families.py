@@ -37,7 +37,7 @@ def silenced(source: Path, pruned: Path, target: Path) -> Path:
     return rewrite(source, target, change)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "llama4_text"])
 def test_pruned_models_load_and_compute(
     family: str, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:

@@ -26,8 +26,14 @@ def require_plain(model: Model) -> None:
     """Refuse families whose mixture is more than what is computed here.
 
     Raises:
-        InputError: the router has a bias of either kind, or the experts have biases.
+        InputError: the router has a bias of either kind, the experts have biases, or their inputs are scaled.
     """
+    if model.rule.scales_input:
+        raise InputError(
+            f"{model.folder}: {model.family.model_type} multiplies what its experts are given by their weights, "
+            "and this method computes mixtures that weigh what experts give",
+            hint="use a method that needs statistics only, without --reconstruct, such as m-smoe, hc-smoe or reap",
+        )
     layout = model.layout
     if layout is None or not (
         layout.router_bias or layout.correction or "down_bias" in layout.names
@@ -42,8 +48,8 @@ def require_plain(model: Model) -> None:
 
 def activation(model: Model) -> Activation:
     """The gate's activation, from the config."""
-    name = model.config.raw.get("hidden_act", model.family.defaults.get("hidden_act", "silu"))
-    if name == "silu":
+    name = model.config.get("hidden_act", "activation_function")
+    if name in (None, "silu"):
         from torch.nn.functional import silu
 
         return silu
