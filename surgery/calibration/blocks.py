@@ -60,8 +60,9 @@ class SortedBlock(nn.Module):
         input_TD = input_BTD.reshape(-1, input_BTD.shape[-1])
         logits_TK, index_TK = self.router(input_TD).float().topk(self.top_k, dim=1)
         weight_TK = torch.softmax(logits_TK, dim=1).type_as(input_TD)
-        mixed_TD = self.experts(input_TD, index_TK, weight_TK)
-        return mixed_TD.view(input_BTD.shape) + self.bias
+        mixed_TD: torch.Tensor = self.experts(input_TD, index_TK, weight_TK)
+        bias_D: torch.Tensor = self.bias
+        return mixed_TD.view(input_BTD.shape) + bias_D
 
 
 class _Logits(nn.Module):
