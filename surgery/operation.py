@@ -103,7 +103,7 @@ def run(request: Request, progress: Progress) -> dict[str, Any]:
     with stoppable(progress) as stop:
         job = _Job(request, method, models, draft, plan, options, workers, progress, stop)
         complete = job.perform()
-    result = _summary(request, models, plan, draft, started, workers)
+    result = _summary(request, models, job.plan, job.draft, started, workers)
     return result | {"dry_run": False, "already_complete": complete}
 
 
@@ -222,6 +222,7 @@ class _Job:
             self._check_inputs(staging)
             digests = Digests(self.inputs)
             decision = self._decide(staging)
+            self._settle(decision)
             hashes, metrics = self._execute(staging, decision)
             self._finish(staging, decision, hashes, metrics, digests.finish())
             self.stop.check()
@@ -285,6 +286,20 @@ class _Job:
         if method.decide is None:
             raise MoesurgError(f"method {method.name} decides nothing")
         return method.decide(model, self.options, statistics, seed)
+
+    def _settle(self, decision: dict[str, Any] | None) -> None:
+        """Plan again where decisions tell what the output holds."""
+        if self.method.settle is None or decision is None:
+            return
+        draft = self.method.settle(self.models, self.options, decision["layers"])
+        if draft is None:
+            return
+        self.draft = draft
+        self.plan = dataclasses.replace(
+            self.plan, tensors=tuple(draft.tensors), units=tuple(draft.units)
+        )
+        validate(self.plan, [model.checkpoint for model in self.models])
+        self.shards = lay_out(self.plan.tensors, max_shard_bytes=self.plan.max_shard_bytes)
 
     def _execute(
         self, staging: Staging, decision: dict[str, Any] | None

@@ -75,4 +75,5 @@ def _method(command: str, name: str, module: ModuleType) -> Method:
         decide=getattr(module, "decide", None),
         description=(module.__doc__ or "").strip(),
         decide_from_weights=getattr(module, "decide_from_weights", None),
+        settle=getattr(module, "settle", None),
     )

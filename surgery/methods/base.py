@@ -4,7 +4,10 @@ A method module holds ``INFO``, a frozen dataclass ``Options`` (its fields becom
 three functions: ``plan`` (headers to a draft, no torch), optionally ``decide`` (statistics to decisions, once,
 before any weight is transformed) and ``transform`` (one unit of work). A method that has to see weights before it
 can decide has ``decide_from_weights`` instead of ``decide``; one that needs sampled inputs of the mixtures says
-how many in ``MethodInfo.sample`` or, where options decide, in ``Draft.sample``.
+how many in ``MethodInfo.sample`` or, where options decide, in ``Draft.sample``. Where only decisions tell what the
+output holds (numbers of experts by layer), ``settle`` makes the draft again from them: (models, options, decisions)
+to a draft, or to None where the first one stands. The first draft then is what a dry run shows and what disk and
+memory are checked with, so it should be as large.
 """
 
 from __future__ import annotations
@@ -115,6 +118,7 @@ class Method:
     decide_from_weights: (
         Callable[[Model, Any, Statistics | None, Weights, int], dict[str, Any]] | None
     ) = None
+    settle: Callable[[Sequence[Model], Any, dict[str, Any]], Draft | None] | None = None
 
     def parse(self, values: Mapping[str, object]) -> Any:
         """Options from values by field name; fields left out take their defaults."""

@@ -32,6 +32,8 @@ def files() -> dict[str, bytes]:
 def auto_map(class_name: str) -> dict[str, str]:
     """The ``auto_map`` of a config whose model subclasses a stock ``...ForCausalLM``."""
     family = class_name.removesuffix("ForCausalLM")
+    # The family's own names belong to its model of text and images.
+    family = {"Llama4": "Llama4Text"}.get(family, family)
     module = FILE.removesuffix(".py")
     return {
         "AutoConfig": f"{module}.Moesurg{family}Config",

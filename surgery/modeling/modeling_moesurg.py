@@ -16,8 +16,10 @@ import transformers
 # Imports of this form are those that transformers follows when it copies a folder's code.
 from .moesurg_linears import KEY as LINEARS
 from .moesurg_linears import apply as apply_linears
+from .moesurg_mixtures import KEY as MIXTURES
+from .moesurg_mixtures import apply as apply_mixtures
 
-PARTS = ((LINEARS, apply_linears),)
+PARTS = ((MIXTURES, apply_mixtures), (LINEARS, apply_linears))
 """Key in the config and function of every part, in the order in which they change a model."""
 
 
@@ -39,7 +41,8 @@ def _model_class(stock: Any, config_class: type) -> type:
         stock.__init__(self, config, *args, **kwargs)
         for key, apply in PARTS:
             if getattr(config, key, None):
-                apply(self.base_model, config)
+                # Not `base_model`, whose prefix some stock classes name after a model around them.
+                apply(getattr(self, "model", self), config)
 
     return type(
         "Moesurg" + stock.__name__,
@@ -64,8 +67,8 @@ def __getattr__(name: str) -> type:
     if kind == "Config":
         made = _config_class(stock)
     else:
-        made = _model_class(
-            stock, globals().get(f"Moesurg{family}Config") or __getattr__(f"Moesurg{family}Config")
-        )
+        # Usually the family's, but Llama 4's text model has a config of its own.
+        config = "Moesurg" + stock.config_class.__name__
+        made = _model_class(stock, globals().get(config) or __getattr__(config))
     globals()[name] = made
     return made

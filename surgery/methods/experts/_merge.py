@@ -6,15 +6,14 @@ representatives' original order, so merging nothing writes the input's bytes.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...architectures.base import PROJECTIONS
-from ...checkpoint.layout import TensorSpec
 from ...errors import InputError
 from ...plan import Unit
-from .._mixture import mixture, one_mixture, prediction_notes, recounted, replaced
+from .._forms import Form, Stored, check_expert_types, mapped, pad, ragged, row_map, uniform
+from .._mixture import mixture, one_mixture, prediction_notes, replaced
 from ..base import Draft, Exactness
 from ._function import activation, gates, hidden, require_plain, routed_output, stored
 from ._groups import Grouping, check
@@ -25,14 +24,16 @@ if TYPE_CHECKING:
     import torch
 
     from ...architectures.model import Experts, Layer, Model
+    from ...checkpoint.region import Region
     from ...execute import Work
     from ...linalg.permutation import Alignment
 
-ROUTERS = ("keep", "mean", "tied")
+ROUTERS = ("keep", "mean", "tied", "mapped")
 ROUTER_HELP = (
     "keep: each merged expert keeps its representative's router row; mean: the rows are averaged like the "
     "experts; tied: all rows stay and every slot of a group holds the merged expert, which reproduces the "
-    "papers' summed gates but writes a folder as large as the input"
+    "papers' summed gates but writes a folder as large as the input; mapped: the same function, each merged "
+    "expert stored once, in a folder that loads with its own model code"
 )
 
 
@@ -43,6 +44,7 @@ def plan_merge(
     router: str,
     params: dict[str, Any],
     sample: int = 0,
+    counts: Mapping[int, int] | None = None,
 ) -> Draft:
     """A checkpoint with ``experts`` merged experts per layer (or all slots, for a tied router).
 
@@ -56,6 +58,7 @@ def plan_merge(
             (``ream`` for normalised distances); ``rank``; ``combine`` (``least-squares`` and its
             ``combine_ridge``); ``reconstruct`` (see ``_reconstruct.py``), which makes a layer one unit.
         sample: rows of each mixture's input that the transform reads.
+        counts: experts by layer instead of ``experts`` in each, where layers differ.
 
     Raises:
         InputError: not one MoE, more experts than there are, or fewer than the router selects.
@@ -73,70 +76,60 @@ def plan_merge(
         )
     if params.get("reconstruct") or params.get("combine") or params.get("matching") == "ream":
         require_plain(model)
-    tied = router == "tied"
-    if model.rule.groups > 1 and not tied and experts != model.experts:
+    placed = router in ("tied", "mapped")
+    if model.rule.groups > 1 and not placed and experts != model.experts:
         raise InputError(
             f"{model.folder}: tokens select experts within {model.rule.groups} groups, and merging would move "
             "experts from one group to another",
-            hint="--router tied keeps every expert's place",
+            hint="--router tied or mapped keeps every expert's place",
         )
-    if not tied and experts < model.rule.least_experts:
+    if not placed and experts < model.rule.least_experts:
         raise InputError(
             f"{model.folder}: the router of {model.family.model_type} needs at least "
             f"{model.rule.least_experts} experts, --experts {experts} asked for"
         )
-    count = model.experts if tied else experts
+    for layer in model.moe_layers:
+        check_expert_types(model, layer)
+    form = _form(model, router, counts or {layer.index: experts for layer in model.moe_layers})
     tensors, units = replaced(
-        model,
-        lambda layer: _output_specs(model, layer, count),
-        lambda layer: _merge_units(layer, count, tied, params, sample),
+        model, form.specs, lambda layer: _merge_units(layer, form.of(layer), params, sample)
     )
-    notes = prediction_notes(model)
-    if tied:
+    notes = [*prediction_notes(model), *form.note()]
+    if router == "tied":
         notes.append(
             f"the router keeps its {model.experts} rows, so every merged expert is written once for "
             "each of its members and the output is as large as the input"
         )
     exactness = Exactness("approximate", "different experts are averaged")
-    if experts == model.experts:
+    if experts == model.experts and counts is None:
         exactness = Exactness("bitwise", "every expert is a group of its own")
         if params.get("reconstruct"):
             reason = "every expert is a group of its own, whose down projection is solved for again"
             exactness = Exactness("exact", reason)
-    return Draft(recounted(model, count), tensors, units, exactness, notes=notes, sample=sample)
+    return Draft(
+        form.config(),
+        tensors,
+        units,
+        exactness,
+        tier=form.tier,
+        notes=notes,
+        sample=sample,
+        files=form.files(),
+    )
 
 
-def _output(layer: Layer, count: int) -> Experts:
-    """The mixture as the output stores it: the layout that was read, with another count."""
-    return dataclasses.replace(mixture(layer), count=count)
+def _form(model: Model, router: str, counts: Mapping[int, int]) -> Form:
+    if router == "mapped":
+        return mapped(model, counts)
+    if router == "tied":
+        return uniform(model, model.experts)
+    if len(set(counts.values())) == 1:
+        return uniform(model, next(iter(counts.values())))
+    return ragged(model, counts)
 
 
-def _output_specs(model: Model, layer: Layer, count: int) -> list[TensorSpec]:
-    experts = mixture(layer)
-    shapes = experts.layout.shapes(count, experts.hidden, experts.width)
-    routing = {region.tensor for region in experts.routing}
-    dtypes = {region.tensor: model.dtype(region.tensor) for region in experts.regions(0).values()}
-    stored = model.dtype(experts.region(0, "gate").tensor)
-    specs = []
-    for name, shape in shapes.items():
-        full = layer.prefix + name
-        dtype = model.dtype(full) if full in routing else dtypes.get(full, stored)
-        specs.append(TensorSpec(full, dtype, shape))
-    for expert in range(experts.count):
-        for part, region in experts.regions(expert).items():
-            if part in PROJECTIONS and model.dtype(region.tensor) != stored:
-                raise InputError(
-                    f"{model.folder}: layer {layer.index}: expert {expert}'s {part} is stored as "
-                    f"{model.dtype(region.tensor)}, others as {stored}; experts of mixed types "
-                    "cannot be averaged without choosing one"
-                )
-    return specs
-
-
-def _merge_units(
-    layer: Layer, count: int, tied: bool, params: dict[str, Any], sample: int
-) -> list[Unit]:
-    experts, output = mixture(layer), _output(layer, count)
+def _merge_units(layer: Layer, form: Stored, params: dict[str, Any], sample: int) -> list[Unit]:
+    experts, output = mixture(layer), form.experts(mixture(layer))
     matrix, square = experts.hidden * experts.width, experts.width * experts.width
     # Reference and member in float32, sums in float64, and the assignment's scores twice.
     memory = 48 * matrix + 16 * square
@@ -149,28 +142,30 @@ def _merge_units(
         memory += 24 * matrix + 32 * square + 16 * sample * experts.width
     if params.get("combine"):
         memory += reconstruct_memory(experts, 1, sample)
+    found = {**params, "form": form.to_json()}
+    routing = _routing_regions(form, experts)
     if params.get("reconstruct"):
-        memory += reconstruct_memory(experts, count, sample)
-        regions = [output.router]
-        for slot in range(count):
-            regions.extend(output.regions(slot).values())
-        found = {**params, "part": "layer", "count": count, "tied": tied}
+        memory += reconstruct_memory(experts, form.filled, sample)
+        regions = [*routing, *_expert_regions(output, range(form.filled))]
+        params = {**found, "part": "layer"}
         name = f"layer.{layer.index}.experts"
         return [
-            Unit(name, "transform", layer.index, writes=tuple(regions), params=found, memory=memory)
+            Unit(
+                name, "transform", layer.index, writes=tuple(regions), params=params, memory=memory
+            )
         ]
     router = Unit(
         f"layer.{layer.index}.router",
         "transform",
         layer.index,
-        writes=tuple(output.routing),
-        params={**params, "part": "router", "count": count, "tied": tied},
-        memory=8 * experts.count * experts.hidden,
+        writes=tuple(routing),
+        params={**found, "part": "router"},
+        memory=8 * experts.count * experts.hidden + (12 * matrix if form.padded else 0),
     )
-    if tied:
-        slots: list[tuple[str, list[int]]] = [("experts", list(range(count)))]
+    if params["router"] == "tied":
+        slots: list[tuple[str, list[int]]] = [("experts", list(range(form.slots)))]
     else:
-        slots = [(f"expert.{slot}", [slot]) for slot in range(count)]
+        slots = [(f"expert.{slot}", [slot]) for slot in range(form.filled)]
     units = [router]
     for label, written in slots:
         units.append(
@@ -178,34 +173,40 @@ def _merge_units(
                 f"layer.{layer.index}.{label}",
                 "transform",
                 layer.index,
-                writes=tuple(
-                    region for slot in written for region in output.regions(slot).values()
-                ),
-                params={
-                    **params,
-                    "part": "experts",
-                    "slots": written,
-                    "count": count,
-                    "tied": tied,
-                },
+                writes=tuple(_expert_regions(output, written)),
+                params={**found, "part": "experts", "slots": written},
                 memory=memory,
             )
         )
     return units
 
 
+def _routing_regions(form: Stored, experts: Experts) -> list[Region]:
+    """What decides the routing in the output: rows of real experts, the map if there is one, padding."""
+    found = [region.rows(0, form.real_rows) for region in form.routing(experts).routing]
+    where = form.map(experts)
+    return [*found, *([] if where is None else [where]), *form.padding(experts)]
+
+
+def _expert_regions(output: Experts, slots: Iterable[int]) -> list[Region]:
+    return [region for slot in slots for region in output.regions(slot).values()]
+
+
 def transform_merge(work: Work) -> dict[str, object]:
     """Write the router's rows or the merged experts of the unit."""
-    layer = work.model.layers[work.layer]
-    experts, output = mixture(layer), _output(layer, work.params["count"])
-    tied = work.params["tied"]
-    grouping = check(work.decision, experts.count, None if tied else output.count)
+    experts = mixture(work.model.layers[work.layer])
+    form = Stored.from_json(work.params["form"])
+    output = form.experts(experts)
+    tied = work.params["router"] == "tied"
+    grouping = check(work.decision, experts.count, None if tied else form.filled)
     if work.params["part"] == "router":
-        for stored, written in zip(experts.routing, output.routing, strict=True):
-            work.write(written, _router_rows(work.read(stored), grouping, work.params["router"]))
+        rows = [
+            _router_rows(work.read(r), grouping, work.params["router"]) for r in experts.routing
+        ]
+        _write_routing(work, form, experts, grouping, rows)
         return {}
     if work.params["part"] == "layer":
-        return _reconstructed(work, experts, output, grouping)
+        return _reconstructed(work, form, experts, grouping)
     slot_of = grouping.slot_of()
     metrics: dict[str, object] = {}
     if tied:
@@ -220,8 +221,19 @@ def transform_merge(work: Work) -> dict[str, object]:
     return metrics
 
 
+def _write_routing(
+    work: Work, form: Stored, experts: Experts, grouping: Grouping, rows: Sequence[torch.Tensor]
+) -> None:
+    """Write rows (and biases) of the router, the map from rows to experts, and padding."""
+    for written, values in zip(form.routing(experts).routing, rows, strict=True):
+        work.write(written.rows(0, form.real_rows), values)
+    slot_of = grouping.slot_of()
+    row_map(work, form, experts, [slot_of[expert] for expert in range(experts.count)])
+    pad(work, form, experts)
+
+
 def _reconstructed(
-    work: Work, experts: Experts, output: Experts, grouping: Grouping
+    work: Work, form: Stored, experts: Experts, grouping: Grouping
 ) -> dict[str, object]:
     """Merge a whole layer, solve its down projections together, and write it."""
     import torch
@@ -233,10 +245,12 @@ def _reconstructed(
     target_ND = routed_output(work, experts, rows_ND, gates(work.model, rows_ND, router_ED), act)
     gates_NS = gates(work.model, rows_ND, rows_ED)
     places = [[slot] for slot in range(len(grouping.groups))]
-    if work.params["tied"]:
-        # Every member's slot holds the merged expert, so what a token gives the members adds up.
-        places = [list(group) for group in grouping.groups]
-        gates_NS = torch.stack([gates_NS[:, members].sum(1) for members in places], dim=1)
+    if work.params["router"] in ("tied", "mapped"):
+        # Every member's row means the merged expert, so what a token gives the members adds up.
+        members_of = [list(group) for group in grouping.groups]
+        gates_NS = torch.stack([gates_NS[:, members].sum(1) for members in members_of], dim=1)
+        if work.params["router"] == "tied":
+            places = members_of
     metrics: dict[str, object] = {}
     merged = []
     for slot in range(len(grouping.groups)):
@@ -246,7 +260,8 @@ def _reconstructed(
     downs, metrics["reconstruction"] = reconstruct(
         rows_ND, target_ND, gates_NS, merged, act, **work.params["reconstruct"]
     )
-    work.write(output.router, rows_ED)
+    _write_routing(work, form, experts, grouping, [rows_ED])
+    output = form.experts(experts)
     for expert, down, slots in zip(merged, downs, places, strict=True):
         for slot in slots:
             _write(work, output, slot, {"gate": expert.gate, "up": expert.up, "down": down})
@@ -262,7 +277,7 @@ def _router_rows(rows_ED: torch.Tensor, grouping: Grouping, router: str) -> torc
     """One row a group, of the router's weight [E, D] or of a bias [E]."""
     import torch
 
-    if router == "tied":
+    if router in ("tied", "mapped"):
         return rows_ED
     if router == "keep":
         return rows_ED[list(grouping.representatives)]

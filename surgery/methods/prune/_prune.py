@@ -10,14 +10,14 @@ row with large negative numbers is no such mask, since the sign of its logit dep
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ...checkpoint.layout import TensorSpec
 from ...checkpoint.region import Region
 from ...errors import InputError, MoesurgError
-from ...plan import Unit
-from .._mixture import mixture, one_mixture, prediction_notes, recounted, replaced
+from ...plan import COPY_BUFFER, Unit
+from .._forms import Stored, pad, ragged, uniform
+from .._mixture import mixture, one_mixture, prediction_notes, replaced
 from ..base import Draft, Exactness, required
 from ._keep import check_counts, groups_of
 
@@ -33,46 +33,66 @@ class CountOptions:
     experts: int = required("experts to keep in every layer")
 
 
-def plan_prune(models: Sequence[Model], experts: int) -> Draft:
+def plan_prune(
+    models: Sequence[Model], experts: int, *, counts: Mapping[int, int] | None = None
+) -> Draft:
     """A checkpoint with ``experts`` of the original experts in every layer.
+
+    Args:
+        counts: experts by layer instead, where layers differ.
 
     Raises:
         InputError: not one MoE, or a count its router cannot work with.
     """
     model = one_mixture(models, "pruning", "prune")
-    check_counts(
-        model.experts, experts, model.rule.top_k, groups_of(model), where=str(model.folder)
-    )
-    tensors, units = replaced(
-        model, lambda layer: _specs(model, layer, experts), lambda layer: _units(layer, experts)
-    )
+    if counts is None:
+        check_counts(
+            model.experts, experts, model.rule.top_k, groups_of(model), where=str(model.folder)
+        )
+    for layer in model.moe_layers:
+        _check_types(model, layer)
+    form = uniform(model, experts) if counts is None else ragged(model, counts)
+    tensors, units = replaced(model, form.specs, lambda layer: _units(layer, form.of(layer)))
+    all_kept = all(stored.filled == model.experts for stored in form.layers.values())
     exactness = (
         Exactness("bitwise", "every expert is kept")
-        if experts == model.experts
+        if all_kept
         else Exactness("approximate", "tokens of dropped experts go to others")
     )
-    notes = prediction_notes(model)
-    if model.experts % 8 == 0 and experts % 8:
+    notes = [*prediction_notes(model), *form.note()]
+    if counts is None and model.experts % 8 == 0 and experts % 8:
         notes.append(
             f"{experts} experts divide by fewer devices than {model.experts}: expert-parallel serving "
             "often wants a multiple of 8"
         )
-    return Draft(recounted(model, experts), tensors, units, exactness, notes=notes)
+    return Draft(
+        form.config(),
+        tensors,
+        units,
+        exactness,
+        tier=form.tier,
+        notes=notes,
+        files=form.files(),
+    )
 
 
 def transform_prune(work: Work) -> dict[str, object]:
     """Move the kept experts, or what counts experts, to their places."""
     experts = mixture(work.model.layers[work.layer])
-    output = dataclasses.replace(experts, count=work.params["count"])
-    kept = kept_experts(work.decision, experts.count, output.count)
+    form = Stored.from_json(work.params["form"])
+    kept = kept_experts(work.decision, experts.count, form.filled)
     if work.params["part"] == "router":
-        for name in _counting(output):
-            sources, targets = _stripes(experts, name), _stripes(output, name)
+        routing = form.routing(experts)
+        for before, after in zip(_counting(experts), _counting(routing), strict=True):
+            sources, targets = _stripes(experts, before), _stripes(routing, after)
             for slot, expert in enumerate(kept):
                 work.copy(sources[expert], targets[slot])
+        pad(work, form, experts)
         return {}
     slot = work.params["slot"]
-    for source, target in zip(_blocks(experts, kept[slot]), _blocks(output, slot), strict=True):
+    output = form.experts(experts)
+    sources, targets = _blocks(experts, kept[slot], output), _blocks(output, slot, experts)
+    for source, target in zip(sources, targets, strict=True):
         work.copy(source, target)
     return {"expert": kept[slot]}
 
@@ -85,7 +105,7 @@ def kept_experts(decision: Any, experts: int, count: int) -> list[int]:
     return kept
 
 
-def _specs(model: Model, layer: Layer, count: int) -> Iterator[TensorSpec]:
+def _check_types(model: Model, layer: Layer) -> None:
     experts = mixture(layer)
     for part in experts.layout.parts:
         kinds = [
@@ -98,33 +118,39 @@ def _specs(model: Model, layer: Layer, count: int) -> Iterator[TensorSpec]:
                     f"{kind}, expert 0's as {kinds[0]}; which of them stay is not known in advance, so "
                     "their types must be the same"
                 )
-    for name, shape in experts.layout.shapes(count, experts.hidden, experts.width).items():
-        yield TensorSpec(experts.prefix + name, model.dtype(experts.prefix + name), shape)
 
 
-def _units(layer: Layer, count: int) -> Iterator[Unit]:
-    output = dataclasses.replace(mixture(layer), count=count)
+def _units(layer: Layer, form: Stored) -> Iterator[Unit]:
+    experts = mixture(layer)
+    routing, output = form.routing(experts), form.experts(experts)
+    stripes = [
+        stripe
+        for name in _counting(routing)
+        for stripe in _stripes(routing, name)[: form.real_rows]
+    ]
+    matrix = experts.hidden * experts.width
     yield Unit(
         f"layer.{layer.index}.router",
         "transform",
         layer.index,
-        writes=tuple(stripe for name in _counting(output) for stripe in _stripes(output, name)),
-        params={"part": "router", "count": count},
+        writes=(*stripes, *form.padding(experts)),
+        params={"part": "router", "form": form.to_json()},
+        memory=COPY_BUFFER + (12 * matrix if form.padded else 0),
     )
-    for slot in range(count):
+    for slot in range(form.filled):
         yield Unit(
             f"layer.{layer.index}.expert.{slot}",
             "transform",
             layer.index,
-            writes=tuple(_blocks(output, slot)),
-            params={"part": "expert", "slot": slot, "count": count},
+            writes=tuple(_blocks(output, slot, experts)),
+            params={"part": "expert", "slot": slot, "form": form.to_json()},
         )
 
 
-def _blocks(experts: Experts, expert: int) -> list[Region]:
-    """Everything of an expert as contiguous stored blocks, however its parts lie inside them."""
+def _blocks(experts: Experts, expert: int, other: Experts) -> list[Region]:
+    """Everything of an expert as contiguous blocks that the other side stores in the same order."""
     layout = experts.layout
-    if layout.kind == "per-expert":
+    if layout.kind == "per-expert" or layout.kind != other.layout.kind:
         return list(experts.regions(expert).values())
     routing = layout.routing_shapes(experts.count, experts.hidden)
     shapes = layout.shapes(experts.count, experts.hidden, experts.width)

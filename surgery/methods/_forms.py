@@ -1,0 +1,335 @@
+"""How an output stores mixtures whose number of experts was changed: stock, padded, or with model code of ours.
+
+One number of experts for all layers is what stock classes know. Numbers that differ between layers (``ragged``) are
+stored ``padded`` where that is exact: a layer gets experts of zeros up to the largest number, whose entry in a bias
+that counts for the selection alone, or in a router bias before a softmax of the selected, is so low that no token ever
+selects them; the weights of the others do not depend on them. Elsewhere, and for a ``mapped`` router, whose rows all
+stay and share fewer experts, `modeling/moesurg_mixtures.py` is written beside the model. Custom outputs use the names
+of the stock modules, because no loader converts names of our model types.
+
+A method plans with a :class:`Form` and hands ``form.of(layer).to_json()`` to its units, which write through the
+same :class:`Stored`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..architectures.base import PROJECTIONS
+from ..checkpoint.layout import TensorSpec
+from ..checkpoint.region import Region
+from ..errors import InputError
+from ..modeling import custom_config, files
+from ._mixture import mixture, recounted
+from .base import Tier
+
+if TYPE_CHECKING:
+    from ..architectures.model import Experts, Layer, Model
+    from ..execute import Work
+
+KEY = "moesurg_mixtures"
+ROW_MAP = "moesurg_expert_of_row"
+"""The same names as in `modeling/moesurg_mixtures.py`, which imports torch."""
+
+NEVER = {"F16": -6e4}
+"""A bias that no score comes near, where -1e9 is out of range."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """One layer's mixture in the output.
+
+    Attributes:
+        rows: entries of what decides the routing.
+        slots: experts stored.
+        filled: how many of them are experts; the others are padding.
+        custom: stored under the names of the stock modules.
+        mapped: a map from rows to experts is stored.
+    """
+
+    rows: int
+    slots: int
+    filled: int
+    custom: bool = False
+    mapped: bool = False
+
+    @property
+    def padded(self) -> bool:
+        return self.filled < self.slots
+
+    @property
+    def real_rows(self) -> int:
+        """Rows of the router that are not padding."""
+        return self.rows - (self.slots - self.filled)
+
+    def routing(self, experts: Experts) -> Experts:
+        """Where the router and its biases go: use ``router`` and ``routing`` of it."""
+        return self._as(experts, self.rows)
+
+    def experts(self, experts: Experts) -> Experts:
+        """Where experts go: use ``region`` and ``regions`` of it."""
+        return self._as(experts, self.slots)
+
+    def map(self, experts: Experts) -> Region | None:
+        """Where a mapped layer's map goes, int32 [rows]."""
+        if not self.mapped:
+            return None
+        place = experts.stock.modules[1]
+        return Region(f"{experts.prefix}{place}.{ROW_MAP}", (self.rows,))
+
+    def padding(self, experts: Experts) -> list[Region]:
+        """What :func:`pad` writes: everything of the slots that are no experts."""
+        output = self.experts(experts)
+        found: list[Region] = []
+        for slot in range(self.filled, self.slots):
+            found.extend(whole.rows(slot, slot + 1) for whole in output.routing)
+            found.extend(output.regions(slot).values())
+        return found
+
+    def specs(self, model: Model, experts: Experts) -> Iterator[TensorSpec]:
+        """The layer's tensors; experts in the type of expert 0, which the caller has checked to be that of all."""
+        routed = self.routing(experts)
+        for before, after in zip(experts.routing, routed.routing, strict=True):
+            layout = routed.layout
+            shapes = layout.routing_shapes(self.rows, experts.hidden)
+            shape = shapes[after.tensor.removeprefix(experts.prefix)]
+            yield TensorSpec(after.tensor, model.dtype(before.tensor), shape)
+        where = self.map(experts)
+        if where is not None:
+            yield TensorSpec(where.tensor, "I32", where.shape)
+        output = self.experts(experts)
+        shapes = output.layout.shapes(self.slots, experts.hidden, experts.width)
+        found: dict[str, str] = {}
+        for part, region in experts.regions(0).items():
+            kind = model.dtype(region.tensor)
+            for slot in range(self.slots):
+                name = output.region(slot, part).tensor
+                if found.setdefault(name, kind) != kind:
+                    raise InputError(
+                        f"{model.folder}: {region.tensor!r} is stored as {kind}, what shares {name!r} with it as "
+                        f"{found[name]}",
+                        hint="store all projections of the experts in one type first",
+                    )
+        for name, shape in shapes.items():
+            full = experts.prefix + name
+            if full in found:
+                yield TensorSpec(full, found[full], shape)
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Stored:
+        return Stored(**data)
+
+    def _as(self, experts: Experts, count: int) -> Experts:
+        layout = experts.stock if self.custom else experts.layout
+        return dataclasses.replace(experts, layout=layout, count=count)
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """A whole output's mixtures.
+
+    Attributes:
+        tier: how the output loads.
+        layers: each mixture by layer.
+    """
+
+    model: Model
+    tier: Tier
+    layers: Mapping[int, Stored]
+
+    def of(self, layer: Layer) -> Stored:
+        return self.layers[layer.index]
+
+    def specs(self, layer: Layer) -> Iterator[TensorSpec]:
+        """The tensors of a layer's mixture."""
+        return self.of(layer).specs(self.model, mixture(layer))
+
+    def config(self) -> dict[str, object]:
+        """The output's config."""
+        largest = max(stored.rows for stored in self.layers.values())
+        moe = self.model.family.moe
+        fixed = moe is not None and moe.fixed_count
+        if self.tier != "custom":
+            return recounted(self.model, largest)
+        config = dict(self.model.config.raw) if fixed else recounted(self.model, largest)
+        first = self.model.moe_layers[0]
+        stored, experts = self.of(first), mixture(first)
+        routing = [region.tensor for region in stored.routing(experts).routing]
+        names = experts.stock.shapes(stored.slots, experts.hidden, experts.width)
+        config[KEY] = {
+            "layers": {str(index): stored.slots for index, stored in sorted(self.layers.items())},
+            "router": [name for name in names if experts.prefix + name in routing],
+            "experts": [name for name in names if experts.prefix + name not in routing],
+            "mapped": stored.mapped,
+        }
+        return custom_config(self.model.family, config)
+
+    def files(self) -> dict[str, bytes]:
+        """Model code that has to stand beside the weights."""
+        return files() if self.tier == "custom" else {}
+
+    def note(self) -> list[str]:
+        """What a report says of the form."""
+        counts = [stored.filled for stored in self.layers.values()]
+        if self.tier == "stock":
+            return []
+        if self.tier == "padded":
+            return [
+                f"layers have {min(counts)} to {max(counts)} experts; smaller ones are filled up with experts of zeros "
+                "that no token selects"
+            ]
+        code = "the folder loads with its own model code (trust_remote_code=True)"
+        if next(iter(self.layers.values())).mapped:
+            return [f"router rows share experts through a stored map: {code}"]
+        return [f"layers have {min(counts)} to {max(counts)} experts: {code}"]
+
+
+def uniform(model: Model, count: int, *, rows: int | None = None) -> Form:
+    """Equally many experts in every layer; for a tied router ``count`` slots and ``rows`` rows are the same."""
+    indices = [layer.index for layer in model.moe_layers]
+    if count != model.experts and model.family.moe is not None and model.family.moe.fixed_count:
+        return ragged(model, dict.fromkeys(indices, count), tier="custom")
+    return Form(model, "stock", {index: Stored(rows or count, count, count) for index in indices})
+
+
+def ragged(
+    model: Model,
+    counts: Mapping[int, int],
+    *,
+    tier: Literal["auto", "padded", "custom"] = "auto",
+) -> Form:
+    """Numbers of experts by layer.
+
+    Args:
+        tier: ``auto`` is stock where all numbers are equal, then padded where that is exact, then custom.
+
+    Raises:
+        InputError: a number the layer or its router cannot work with, groups of experts, or padding where it would
+            change the function.
+    """
+    if model.rule.groups > 1:
+        raise InputError(
+            f"{model.folder}: tokens select experts within {model.rule.groups} groups of one size, so that layers "
+            "cannot have different numbers of experts"
+        )
+    for layer in model.moe_layers:
+        count = counts[layer.index]
+        least = max(model.rule.least_experts, 1)
+        if not least <= count <= model.experts:
+            raise InputError(
+                f"{model.folder}: layer {layer.index} cannot have {count} experts; its router needs {least} to "
+                f"{model.experts}"
+            )
+    if tier == "auto" and len(set(counts.values())) == 1:
+        return uniform(model, next(iter(counts.values())))
+    reason = _why_not_padded(model)
+    if tier == "padded" and reason:
+        raise InputError(
+            f"{model.folder}: {model.family.model_type} cannot be padded exactly: {reason}",
+            hint="a custom output holds as many experts as each layer has",
+        )
+    if tier == "padded" or (tier == "auto" and not reason):
+        most = max(counts.values())
+        return Form(
+            model, "padded", {index: Stored(most, most, count) for index, count in counts.items()}
+        )
+    return Form(
+        model,
+        "custom",
+        {index: Stored(count, count, count, custom=True) for index, count in counts.items()},
+    )
+
+
+def mapped(model: Model, counts: Mapping[int, int]) -> Form:
+    """All rows of the router, and ``counts`` experts that they share.
+
+    Raises:
+        InputError: the family's blocks do not call experts by index, or a number is impossible.
+    """
+    call = None if model.family.moe is None else model.family.moe.stock.call
+    if call != "routed":
+        raise InputError(
+            f"{model.folder}: blocks of {model.family.model_type} do not call experts by index, so that rows cannot be "
+            "mapped to them",
+            hint="--router tied writes each merged expert once per member",
+        )
+    for index, count in counts.items():
+        if not 1 <= count <= model.experts:
+            raise InputError(
+                f"{model.folder}: layer {index} cannot have {count} of {model.experts} experts"
+            )
+    return Form(
+        model,
+        "custom",
+        {
+            index: Stored(model.experts, count, count, custom=True, mapped=True)
+            for index, count in counts.items()
+        },
+    )
+
+
+def _why_not_padded(model: Model) -> str:
+    """Why experts of zeros would change the function; empty where they would not."""
+    layout, score = model.layout, model.rule.score
+    if layout is None:
+        return "it has no experts"
+    if layout.correction and score == "sigmoid":
+        return ""
+    if layout.router_bias and score == "selected-softmax":
+        return ""
+    if layout.correction:
+        return "the weights come from a softmax over all rows, padding included"
+    return "its router has no bias that keeps an expert from being selected"
+
+
+def pad(work: Work, stored: Stored, experts: Experts) -> None:
+    """Write the experts of zeros that no token selects, with rows of zeros and the lowest bias."""
+    import torch
+
+    output = stored.experts(experts)
+    barred = output.correction or output.router_bias
+    for region in stored.padding(experts):
+        value = 0.0
+        if barred is not None and region.tensor == barred.tensor:
+            value = NEVER.get(work.model.dtype(_read_name(experts, output, region)), -1e9)
+        work.write(region, torch.full(region.shape, value))
+
+
+def row_map(work: Work, stored: Stored, experts: Experts, slot_of_row: list[int]) -> None:
+    """Write which expert each row of the router means."""
+    import torch
+
+    where = stored.map(experts)
+    if where is not None:
+        work.write(where, torch.tensor(slot_of_row, dtype=torch.int32))
+
+
+def _read_name(experts: Experts, output: Experts, region: Region) -> str:
+    """The source's tensor that a routing region of the output was made from."""
+    for before, after in zip(experts.routing, output.routing, strict=True):
+        if after.tensor == region.tensor:
+            return before.tensor
+    return region.tensor
+
+
+def check_expert_types(model: Model, layer: Layer) -> None:
+    """Refuse experts stored in several types, of which an average would have to choose one.
+
+    Raises:
+        InputError: naming the first that differs.
+    """
+    experts = mixture(layer)
+    stored = model.dtype(experts.region(0, "gate").tensor)
+    for expert in range(experts.count):
+        for part, region in experts.regions(expert).items():
+            if part in PROJECTIONS and model.dtype(region.tensor) != stored:
+                raise InputError(
+                    f"{model.folder}: layer {layer.index}: expert {expert}'s {part} is stored as "
+                    f"{model.dtype(region.tensor)}, others as {stored}; experts of mixed types "
+                    "cannot be averaged without choosing one"
+                )
