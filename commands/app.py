@@ -14,10 +14,12 @@ from moesurg.surgery import __version__
 from moesurg.surgery.errors import MoesurgError
 
 from . import (
+    adapter,
     calibrate,
     compress,
     convert,
     evaluate,
+    expert,
     inspect,
     merge,
     methods,
@@ -81,6 +83,8 @@ for _command in (
     prune,
     compress,
     convert,
+    expert,
+    adapter,
     calibrate,
     inspect,
     evaluate,

@@ -45,8 +45,8 @@ class MethodCommand(TyperCommand):
         if name is not None and name not in known:
             if not ctx.resilient_parsing:
                 raise UsageError(
-                    f"{command} has no method {name!r}{_like(name, known)}",
-                    hint=f"its methods are {_listed(known)}",
+                    f"{command} has no method {name!r}{like(name, known)}",
+                    hint=f"its methods are {listed(known)}",
                 )
         elif name is not None:
             method = methods.load(command, name)
@@ -88,7 +88,7 @@ class MethodCommand(TyperCommand):
 
     def _none_chosen(self, known: Sequence[str]) -> UsageError:
         return UsageError(
-            f"{self._command} needs --method", hint=f"its methods are {_listed(known)}"
+            f"{self._command} needs --method", hint=f"its methods are {listed(known)}"
         )
 
     def spelt(self, method: str) -> str:
@@ -107,8 +107,8 @@ class MethodCommand(TyperCommand):
         own = method_options.flags(method)
         shared = [option for parameter in super().get_params(ctx) for option in parameter.opts]
         return UsageError(
-            f"{self.spelt(method.name)} has no option {wrong}{_like(wrong, [*own, *shared])}",
-            hint=f"options of {method.name} are {_listed(own)}",
+            f"{self.spelt(method.name)} has no option {wrong}{like(wrong, [*own, *shared])}",
+            hint=f"options of {method.name} are {listed(own)}",
         )
 
 
@@ -149,12 +149,14 @@ def _value_of(option: str, args: Sequence[str]) -> str | None:
     return found
 
 
-def _like(wrong: str, known: Sequence[str]) -> str:
+def like(wrong: str, known: Sequence[str]) -> str:
+    """The end of a sentence about a misspelt name: the nearest known one, if any is near."""
     near = difflib.get_close_matches(wrong, known, n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """Names in a sentence."""
     return ", ".join(names) if names else "none yet"
 
 

@@ -27,6 +27,9 @@ def methods(as_json: shared.Json = False, markdown: Markdown = False) -> None:
             {
                 "command": method.command,
                 "name": method.name,
+                "usage": " ".join(
+                    ["moesurg", *registry.spelt(method.command, method.name, ["SOURCE"])]
+                ),
                 "summary": method.info.summary,
                 "paper": method.info.paper,
                 "inputs": method.info.inputs,

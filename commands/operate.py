@@ -1,4 +1,4 @@
-"""What ``upcycle`` and ``merge`` have in common: one function from shared options to the library."""
+"""What the commands that write models have in common: one function from shared options to the library."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 from moesurg.surgery.errors import UsageError
 
 from . import options as shared
-from .method_command import VALUES
+from .method_command import METHOD, VALUES
 from .output import Reporter, emit, facts, in_bytes, in_number
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def operate(
     quiet: shared.Quiet = False,
 ) -> None:
     """Run a method of the command that was called."""
-    command = str(context.info_name)
+    command = context.meta[METHOD].command
     if output is None and not dry_run:
         raise UsageError(f"{command} needs --output", hint="or --dry-run, which writes nothing")
     if calibration is not None and data:

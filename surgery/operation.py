@@ -25,7 +25,7 @@ from .execute import PLAN_FILE, Runner
 from .executors.base import Executor, choose_workers, memory_budget
 from .executors.pool import PoolExecutor
 from .executors.serial import SerialExecutor
-from .methods import load
+from .methods import load, spelt
 from .methods.base import Draft, Method
 from .outputs import carried_from_all, config_bytes, output_record, sources_record
 from .plan import Plan, Unit, validate
@@ -77,7 +77,7 @@ def run(request: Request, progress: Progress) -> dict[str, Any]:
     method = load(request.command, request.method)
     if method.info.data == "none" and (request.data or request.calibration):
         raise UsageError(
-            f"{request.command} --method {request.method} uses no statistics",
+            f"{' '.join(spelt(request.command, request.method))} uses no statistics",
             hint="leave out --data and --calibration",
         )
     models = [Model.open(resolve(source)) for source in request.sources]

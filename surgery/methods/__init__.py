@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -14,8 +15,10 @@ if TYPE_CHECKING:
     from .base import Method
 
 FOLDERS = {
+    "adapter": ("adapter",),
     "compress": ("compress",),
     "convert": ("convert",),
+    "expert": ("expert",),
     "merge": ("experts",),
     "prune": ("prune",),
     "upcycle": ("upcycle",),
@@ -24,6 +27,16 @@ FOLDERS = {
 
 BY_FLAG = frozenset({"convert"})
 """Commands without ``--method``: a method is chosen by its first option, which is called like the method."""
+
+BY_NAME = frozenset({"adapter", "expert"})
+"""Commands of which every method is a subcommand."""
+
+
+def spelt(command: str, method: str, sources: Sequence[str] = ()) -> list[str]:
+    """How a command line begins that calls a method, without the program's name and the method's options."""
+    if command in BY_NAME:
+        return [command, method, *sources]
+    return [command, *sources] if command in BY_FLAG else [command, *sources, "--method", method]
 
 
 @cache

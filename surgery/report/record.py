@@ -30,7 +30,7 @@ from typing import Any
 from .. import __version__
 from ..architectures.model import Model
 from ..checkpoint.region import Region
-from ..methods import BY_FLAG
+from ..methods import spelt
 from ..plan import Plan
 
 SCHEMA_VERSION = 1
@@ -72,9 +72,7 @@ def command_line(
     statistics: Sequence[str],
 ) -> list[str]:
     """The arguments that repeat the run, without those that do not change its output."""
-    words = ["moesurg", command, *sources]
-    if command not in BY_FLAG:
-        words += ["--method", method]
+    words = ["moesurg", *spelt(command, method, sources)]
     for key, value in options.items():
         if value is None:
             continue

@@ -28,7 +28,10 @@ def subclasses(kind: type[MoesurgError]) -> Iterator[type[MoesurgError]]:
 
 
 def parameters_of(command: str, method: str | None = None) -> list[Any]:
-    found = list(COMMANDS[command].params)
+    group = COMMANDS[command]
+    if command in methods.BY_NAME and method is not None:
+        group = group.get_command(None, method)
+    found = list(group.params)
     if method is not None:
         found += method_options.parameters(methods.load(command, method), taken=found)
     return found
@@ -41,12 +44,15 @@ def test_the_commands_are_the_documented_ones() -> None:
         "prune",
         "compress",
         "convert",
+        "expert",
         "calibrate",
         "inspect",
         "eval",
         "verify",
         "methods",
     }
+    # A group of methods is there once it has some.
+    names |= {"adapter"} if methods.names("adapter") else set()
     assert set(COMMANDS) == names
 
 
@@ -70,14 +76,17 @@ def test_every_method_explains_itself(method: Any, call_cli: Callable[..., Any])
     if method.command in methods.BY_FLAG:
         (own, *_) = dataclasses.fields(method.options)
         chosen = [f"--{method.name}", *own.metadata["choices"][:1]]
-    shown = call_cli(method.command, *chosen, "--help")
+    if method.command in methods.BY_NAME:
+        shown = call_cli(method.command, method.name, "--help")
+    else:
+        shown = call_cli(method.command, *chosen, "--help")
     assert shown.code == 0
     flat = re.sub(r"\s+", "", shown.out)
     for flag in method_options.flags(method):
         assert flag in flat
 
 
-@pytest.mark.parametrize("command", ["compress", "convert", "merge", "prune", "upcycle"])
+@pytest.mark.parametrize("command", [name for name in methods.FOLDERS if methods.names(name)])
 def test_help_without_a_method_lists_the_methods(
     command: str, call_cli: Callable[..., Any]
 ) -> None:
@@ -85,6 +94,15 @@ def test_help_without_a_method_lists_the_methods(
     assert shown.code == 0
     for name in methods.names(command):
         assert name in shown.out
+
+
+def test_a_misspelt_subcommand_is_named_with_those_there_are(
+    call_cli: Callable[..., Any],
+) -> None:
+    shown = call_cli("expert", "dorp", "somewhere")
+    assert shown.code == 2
+    assert "did you mean drop?" in shown.err
+    assert call_cli("expert", "drop", "somewhere", "--dorp").code == 2
 
 
 def test_every_exit_code_of_an_error_is_documented(
@@ -125,7 +143,9 @@ def test_the_readme_uses_existing_commands_and_options(root: Path) -> None:
     assert {call[0] for call in calls} >= set(COMMANDS) - {"methods"}
     for call in calls:
         method = call[call.index("--method") + 1] if "--method" in call else None
-        if call[0] in methods.BY_FLAG:
+        if call[0] in methods.BY_NAME:
+            method = call[1]
+        elif call[0] in methods.BY_FLAG:
             (method,) = [name for name in methods.names(call[0]) if f"--{name}" in call]
         known = {
             flag

@@ -47,6 +47,8 @@ def probe(*arguments: str) -> tuple[int, set[str], float]:
         ["merge", "--method", "sub-moe", "--help"],
         ["prune", "--method", "naee", "--help"],
         ["compress", "--method", "svd-llm", "--help"],
+        ["expert", "--help"],
+        ["expert", "drop", "--help"],
         ["calibrate", "--help"],
         ["inspect", "--help"],
         ["eval", "--help"],

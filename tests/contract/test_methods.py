@@ -13,7 +13,7 @@ import pytest
 from moesurg.surgery.architectures.model import Model
 from moesurg.surgery.checkpoint.reader import open_checkpoint
 from moesurg.surgery.executors.serial import SerialExecutor
-from moesurg.surgery.methods import load, methods, names
+from moesurg.surgery.methods import load, methods, names, spelt
 from moesurg.surgery.methods.base import Method
 from moesurg.surgery.progress import Silent
 from moesurg.surgery.verification import verify
@@ -30,12 +30,14 @@ SOURCES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "upcycle btx": [("llama", BF16), ("llama", {**BF16, "seed": 1})],
     "compress": [("llama", BF16)],
     "convert": [("qwen3_moe", BF16)],
+    "expert": [("qwen3_moe", BF16)],
 }
 """Sources that every method of a command takes, and those of methods that need others."""
 OPTIONS: dict[str, dict[str, Any]] = {
     "upcycle split": {"experts": 2},
     "upcycle virtual-groups": {"granularity": 2},
     "convert layout": {"layout": "fused"},
+    "expert drop": {"which": "1,4-5"},
 }
 """Options without which a method does not start, or not on these sources."""
 
@@ -161,7 +163,7 @@ def test_the_report_is_complete(method: Method, sources: list[Path], tmp_path: P
     assert report["method"] == method.name
     assert report["seed"] == 5
     assert set(report["options"]) == {field.name for field in dataclasses.fields(method.options)}
-    words = ["moesurg", method.command, *map(str, sources)]
+    words = ["moesurg", *spelt(method.command, method.name, list(map(str, sources)))]
     assert report["command"][: len(words)] == words
     files = {path.name for path in (tmp_path / "out").iterdir()} - {"report.json"}
     assert set(report["output"]["files"]) == files

@@ -1,0 +1,1 @@
+"""Operations on adapters: `moesurg adapter NAME`, one file each."""
