@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from ..errors import InputError, UsageError
-from .lowrank import LowRank, check_rank
+from .lowrank import LowRank, check_rank, truncate
 from .svd import orient
 
 
@@ -55,6 +55,80 @@ def truncate_whitened(
     )
     total, kept = float(values.sum()), float(values[:rank].sum())
     return LowRank(left_MR, left_MR.T @ wide_MN, max(0.0, total - kept) ** 0.5, total**0.5)
+
+
+def truncate_scaled(matrix_MN: torch.Tensor, scale_N: torch.Tensor, rank: int) -> LowRank:
+    """The matrix of a rank closest to W in the norm of (W - W') diag(d).
+
+    Args:
+        scale_N: d, not negative; a zero counts as the smallest of the others (as 1 where all are zero), so that the
+            scaling can be undone.
+
+    Returns:
+        Error and norm are of the scaled matrices.
+
+    Raises:
+        UsageError: shapes or rank do not fit.
+        InputError: a value is not finite.
+    """
+    check_rank(matrix_MN, rank)
+    if scale_N.shape != matrix_MN.shape[1:]:
+        raise UsageError(
+            f"a scale of shape {list(scale_N.shape)} is not one of inputs of {matrix_MN.shape[1]}"
+        )
+    wide_N = _finite(scale_N.double())
+    used_N = wide_N[wide_N > 0]
+    wide_N = wide_N.clamp_min(float(used_N.min()) if len(used_N) else 1.0)
+    found = truncate(matrix_MN.double() * wide_N, rank)
+    return LowRank(found.left_MR, found.right_RN / wide_N, found.error, found.norm)
+
+
+def truncate_shifted(
+    matrix_MN: torch.Tensor,
+    gram_NN: torch.Tensor,
+    cross_NN: torch.Tensor,
+    rank: int,
+    *,
+    damping: float = 0.0,
+) -> LowRank:
+    """The matrix of a rank that makes of shifted inputs what W made of the original ones.
+
+    Minimises ||X W^T - Y W'^T||_F over W' of rank R, with X [T, N] the original inputs and Y those that a changed
+    model gives. Without a bound on the rank W* = W (X^T Y) (Y^T Y)^-1 is the least-squares solution; the loss of any
+    W' is that of W* plus ||Y (W* - W')^T||^2, so that W' is the whitened truncation of W* (the closed form of AA-SVD,
+    arXiv:2604.02119, which multiplies by the inverse of a Cholesky factor instead). Damping pulls W* to W where Y says
+    nothing: both sides get a multiple of the identity.
+
+    Args:
+        gram_NN: Y^T Y.
+        cross_NN: X^T Y.
+        damping: multiple of the mean of the Gram matrix's diagonal added to both.
+
+    Returns:
+        Error and norm are ||Y (W* - W')^T|| and ||Y W*^T||: the part that the rank decides.
+
+    Raises:
+        UsageError: shapes or rank do not fit.
+        InputError: a value is not finite.
+    """
+    check_rank(matrix_MN, rank)
+    size = matrix_MN.shape[1]
+    if gram_NN.shape != (size, size) or cross_NN.shape != (size, size):
+        raise UsageError(
+            f"Gram matrices of shape {list(gram_NN.shape)} and {list(cross_NN.shape)} are not of inputs of {size}"
+        )
+    c_NN = _finite(gram_NN.double())
+    c_NN = (c_NN + c_NN.T) / 2
+    k_NN = _finite(cross_NN.double())
+    if damping:
+        ridge_NN = damping * c_NN.diagonal().mean() * torch.eye(size, dtype=c_NN.dtype)
+        c_NN, k_NN = c_NN + ridge_NN, k_NN + ridge_NN
+    # Through eigenvectors, because a Gram matrix of few tokens is singular.
+    strengths_N, axes_NN = torch.linalg.eigh(c_NN)
+    floor = float(strengths_N[-1].clamp_min(0)) * size * torch.finfo(torch.float64).eps
+    inverse_N = torch.where(strengths_N > floor, 1 / strengths_N.clamp_min(floor or 1.0), 0.0)
+    target_MN = (matrix_MN.double() @ k_NN @ axes_NN) * inverse_N @ axes_NN.T
+    return truncate_whitened(target_MN, c_NN, rank)
 
 
 def _on_the_output_side(

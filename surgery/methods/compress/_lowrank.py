@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...architectures.linears import GROUPS, Linear, linears
@@ -14,7 +14,7 @@ from ...errors import InputError, UsageError
 from ...modeling import custom_config, files
 from ...plan import Unit, copy_unit
 from ..base import Draft, Exactness
-from ._ranks import FORMS, Ranks, uniform_ranks
+from ._ranks import FORMS, stored, uniform_ranks
 
 if TYPE_CHECKING:
     from ...architectures.model import Model
@@ -39,11 +39,13 @@ def plan_lowrank(
     align: int,
     params: dict[str, Any],
     memory: int = 0,
+    chosen_ranks: Mapping[str, int] | None = None,
 ) -> Draft:
-    """The model with its targeted linear layers at uniform ranks.
+    """The model with its targeted linear layers at uniform ranks, or at those a method decided on.
 
     Args:
         params: what the transform needs to know, the same for every unit.
+        chosen_ranks: ranks by the linear layers' labels; a layer that is absent stays as it is.
         memory: multiple of the input width squared, in bytes, that a unit needs beyond its matrix.
 
     Raises:
@@ -66,20 +68,23 @@ def plan_lowrank(
     chosen = choose(model, targets)
     counts = Counter(_shape(linear.region) for linear in chosen)
     ranks = uniform_ranks(counts, form, ratio, align)
-    if not ranks.ranks:
+    given = {linear.label: ranks.ranks.get(_shape(linear.region), 0) for linear in chosen}
+    if chosen_ranks is not None:
+        given = {linear.label: chosen_ranks.get(linear.label, 0) for linear in chosen}
+    if not any(given.values()):
         raise InputError(
             f"{model.folder}: no targeted matrix is large enough to be stored with "
             f"{ratio:.0%} fewer numbers in the {form} form",
             hint="use a smaller --ratio",
         )
-    cut = {linear.region: linear for linear in chosen if _shape(linear.region) in ranks.ranks}
-    tensors, units = _output(model, cut, ranks, form, params, memory)
-    notes = _notes(chosen, cut, ranks, form)
+    cut = {linear.region: linear for linear in chosen if given[linear.label]}
+    tensors, units = _output(model, cut, given, form, params, memory)
+    notes = _notes(chosen, cut, given, form)
     why = f"{len(cut)} matrices are replaced by matrices of lower rank"
     config = dict(model.config.raw)
     files: dict[str, bytes] = {}
     if form != "dense":
-        config, files = _custom(model, cut, ranks, form)
+        config, files = _custom(model, cut, given, form)
     tier: Any = "stock" if form == "dense" else "custom"
     return Draft(
         config, tensors, units, Exactness("approximate", why), tier=tier, notes=notes, files=files
@@ -151,7 +156,7 @@ def _shape(region: Region) -> tuple[int, int]:
 def _output(
     model: Model,
     cut: dict[Region, Linear],
-    ranks: Ranks,
+    ranks: Mapping[str, int],
     form: str,
     params: dict[str, Any],
     memory: int,
@@ -168,7 +173,7 @@ def _output(
         here = parts.get(name, [])
         specs = [TensorSpec(name, dtype, whole.shape)]
         if here and form != "dense":
-            specs = _specs(name, dtype, _shape(whole), ranks.ranks[_shape(whole)], form)
+            specs = _specs(name, dtype, _shape(whole), ranks[here[0].label], form)
         tensors.extend(specs)
         for linear in here:
             rows, columns = _shape(linear.region)
@@ -188,7 +193,7 @@ def _output(
                         **params,
                         "form": form,
                         "dtype": dtype,
-                        "rank": ranks.ranks[rows, columns],
+                        "rank": ranks[linear.label],
                         "input": linear.module,
                     },
                     # The matrix, its approximation and their difference in float64, and a decomposition.
@@ -235,7 +240,7 @@ def _specs(name: str, dtype: str, shape: tuple[int, int], rank: int, form: str) 
 
 
 def _custom(
-    model: Model, cut: dict[Region, Linear], ranks: Ranks, form: str
+    model: Model, cut: dict[Region, Linear], ranks: Mapping[str, int], form: str
 ) -> tuple[dict[str, object], dict[str, bytes]]:
     """Config and files of an output that brings its own model code."""
     family = model.family
@@ -244,24 +249,34 @@ def _custom(
     config["moesurg_linears"] = {
         region.tensor.removeprefix(body).removesuffix(".weight"): {
             "form": form,
-            "rank": ranks.ranks[_shape(region)],
+            "rank": ranks[linear.label],
         }
-        for region in cut
+        for region, linear in cut.items()
     }
     return config, files()
 
 
 def _notes(
-    chosen: Sequence[Linear], cut: dict[Region, Linear], ranks: Ranks, form: str
+    chosen: Sequence[Linear], cut: dict[Region, Linear], ranks: Mapping[str, int], form: str
 ) -> list[str]:
+    found: dict[tuple[int, int], set[int]] = {}
+    before = after = 0
+    for linear in chosen:
+        rows, columns = _shape(linear.region)
+        rank = ranks[linear.label]
+        before += rows * columns
+        after += stored(form, (rows, columns), rank) if rank else rows * columns
+        if rank:
+            found.setdefault((rows, columns), set()).add(rank)
     listed = ", ".join(
-        f"{rows}x{columns}: {rank}" for (rows, columns), rank in sorted(ranks.ranks.items())
+        f"{rows}x{columns}: {min(here)}" + (f" to {max(here)}" if len(here) > 1 else "")
+        for (rows, columns), here in sorted(found.items())
     )
     notes = [f"ranks by shape: {listed}"]
     left = len(chosen) - len(cut)
     if left:
         notes.append(f"{left} targeted matrices stay as they are, because no rank would save")
-    removed = 1 - ranks.after / ranks.before
+    removed = 1 - after / before
     if form == "dense":
         notes.append(
             f"the ranks would remove {removed:.1%} of the targeted numbers in the pivot form; the dense form "
@@ -269,8 +284,8 @@ def _notes(
         )
     else:
         notes.append(
-            f"the {len(chosen)} targeted matrices take {ranks.after:,} numbers instead of "
-            f"{ranks.before:,} ({removed:.1%} removed)"
+            f"the {len(chosen)} targeted matrices take {after:,} numbers instead of "
+            f"{before:,} ({removed:.1%} removed)"
         )
         notes.append(
             "load it with trust_remote_code=True: AutoModelForCausalLM.from_pretrained(FOLDER, "

@@ -1,0 +1,77 @@
+"""Scaled and shifted truncation against explicit least squares and decompositions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moesurg.surgery.errors import UsageError
+from moesurg.surgery.linalg.lowrank import truncate
+from moesurg.surgery.linalg.whitening import truncate_scaled, truncate_shifted, truncate_whitened
+
+
+def normal(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def nearest(matrix: torch.Tensor, rank: int) -> torch.Tensor:
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    return left[:, :rank] * values[:rank] @ right[:rank]
+
+
+@pytest.mark.parametrize("shape", [(12, 20), (40, 9)])
+def test_scaling_is_whitening_with_a_diagonal(shape: tuple[int, int]) -> None:
+    matrix, scale = normal(*shape, seed=1), normal(shape[1], seed=2).abs() + 0.1
+    found = truncate_scaled(matrix, scale, 4)
+    whitened = truncate_whitened(matrix, torch.diag(scale.square()), 4)
+    assert torch.allclose(found.product(), whitened.product(), atol=1e-9)
+    assert torch.allclose(found.product(), nearest(matrix * scale, 4) / scale, atol=1e-9)
+    assert found.error == pytest.approx(float(((found.product() - matrix) * scale).norm()))
+    even = truncate_scaled(matrix, torch.full((shape[1],), 3.0), 4)
+    assert torch.allclose(even.product(), truncate(matrix, 4).product(), atol=1e-9)
+
+
+def test_a_channel_without_strength_can_be_scaled_back() -> None:
+    matrix, scale = normal(6, 5, seed=3), torch.tensor([0.0, 2.0, 0.5, 1.0, 1.0])
+    found = truncate_scaled(matrix, scale, 5)
+    assert torch.allclose(found.product(), matrix, atol=1e-9)
+    nothing = truncate_scaled(matrix, torch.zeros(5), 2)
+    assert torch.allclose(nothing.product(), truncate(matrix, 2).product())
+    with pytest.raises(UsageError, match="scale"):
+        truncate_scaled(matrix, torch.ones(6), 2)
+
+
+@pytest.mark.parametrize("tokens", [50, 7])
+@pytest.mark.parametrize("rank", [1, 3, 8])
+def test_shifted_inputs_are_fitted_as_well_as_any_matrix_of_the_rank(
+    tokens: int, rank: int
+) -> None:
+    matrix, inputs = normal(10, 8, seed=4), normal(tokens, 8, seed=5)
+    shifted = inputs + 0.5 * normal(tokens, 8, seed=6)
+    wanted = inputs @ matrix.T
+    gram, cross = shifted.T @ shifted, inputs.T @ shifted
+    found = truncate_shifted(matrix, gram, cross, rank)
+
+    def loss(candidate: torch.Tensor) -> float:
+        return float((wanted - shifted @ candidate.T).square().sum())
+
+    # Reduced-rank regression: project the least-squares fit on its own leading output directions.
+    fit = torch.linalg.lstsq(shifted, wanted, driver="gelsd").solution
+    outputs = shifted @ fit
+    leading = torch.linalg.svd(outputs, full_matrices=False)[2][:rank]
+    best = float((wanted - outputs @ leading.T @ leading).square().sum())
+    assert loss(found.product()) == pytest.approx(best, rel=1e-7, abs=1e-7)
+    assert found.error**2 + loss(fit.T) == pytest.approx(best, rel=1e-7, abs=1e-7)
+    blind = truncate_whitened(matrix, inputs.T @ inputs, rank)
+    assert loss(found.product()) <= loss(blind.product()) + 1e-9
+
+
+def test_inputs_that_are_not_shifted_give_the_whitened_truncation() -> None:
+    matrix, inputs = normal(10, 8, seed=4), normal(50, 8, seed=5)
+    gram = inputs.T @ inputs
+    for damping in (0.0, 0.1):
+        plain = truncate_whitened(matrix, gram, 3, damping=damping)
+        found = truncate_shifted(matrix, gram, gram, 3, damping=damping)
+        assert torch.allclose(found.product(), plain.product(), atol=1e-9)
+    with pytest.raises(UsageError, match="Gram"):
+        truncate_shifted(matrix, gram, gram[:4, :4], 3)
