@@ -40,7 +40,8 @@ def places(values_P: Values, scale: str) -> Values:
         raise UsageError(f"scale {scale!r} is none of {', '.join(SCALES)}")
     if not high - low > 1e-12 * abs(values_P[0]):
         return np.ones_like(values_P)
-    return np.clip((values_P - low) / (high - low), 0.0, 1.0)
+    found: Values = np.clip((values_P - low) / (high - low), 0.0, 1.0)
+    return found
 
 
 def cut(places_P: Values, threshold: float) -> int:
