@@ -21,12 +21,14 @@ from rich.text import Text
 from typer.core import TyperCommand
 
 from moesurg.surgery import methods
+from moesurg.surgery.checkpoint.formats import ADAPTER
 from moesurg.surgery.errors import MoesurgError, UsageError
 
 from . import method_options
 
 if TYPE_CHECKING:
     from moesurg.surgery.methods.base import Method
+    from moesurg.surgery.sources import Takes
 
 _PARAMETERS = "moesurg.parameters"
 METHOD, VALUES = "moesurg.method", "moesurg.options"
@@ -49,7 +51,7 @@ class MethodCommand(TyperCommand):
                     hint=f"its methods are {listed(known)}",
                 )
         elif name is not None:
-            method = methods.load(command, name)
+            method = methods.load(command, name, _kind(args))
             ctx.meta[METHOD] = method
             ctx.meta[_PARAMETERS] = method_options.parameters(method, taken=self.params)
         elif args and not helping and not ctx.resilient_parsing:
@@ -134,6 +136,15 @@ class FlagCommand(MethodCommand):
 
     def spelt(self, method: str) -> str:
         return f"{self._command} --{method}"
+
+
+def _kind(args: Sequence[str]) -> Takes:
+    """What the sources are, as far as folders on this machine tell; checked when they are opened."""
+    adapters = any(
+        not word.startswith("-") and os.path.isfile(os.path.join(word, ADAPTER.config))
+        for word in args
+    )
+    return "adapters" if adapters else "models"
 
 
 def _value_of(option: str, args: Sequence[str]) -> str | None:

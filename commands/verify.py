@@ -48,9 +48,9 @@ def _show(console: Console, record: dict[str, Any]) -> None:
     if exactness:
         rows["function"] = f"{exactness.get('kind')}: {exactness.get('reason')}"
     if exactness.get("measured") is not None:
-        rows["measured"] = (
-            f"largest |logit difference| {exactness['measured']:.3g} from {exactness['reference']}"
-        )
+        rows["measured"] = f"{exactness['measured']:.3g} {exactness['measure']}"
+        if exactness["reference"]:
+            rows["measured"] += f" from {exactness['reference']}"
     if record.get("not_in_report"):
         rows["not in report"] = ", ".join(record["not_in_report"])
     console.print(facts(rows))

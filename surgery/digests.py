@@ -8,17 +8,16 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from .architectures.model import Model
-from .checkpoint.reader import file_digest
+from .checkpoint.reader import Checkpoint, file_digest
 
 
-def header_digest(model: Model) -> str:
+def header_digest(checkpoint: Checkpoint) -> str:
     """SHA-256 over config and headers: names, types, shapes, places. Reads no weight."""
     tensors = {
         name: [info.dtype, list(info.shape), info.file.name, info.begin, info.end]
-        for name, info in model.checkpoint.tensors.items()
+        for name, info in checkpoint.tensors.items()
     }
-    document = {"config": model.checkpoint.config, "tensors": tensors}
+    document = {"config": checkpoint.config, "tensors": tensors}
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
@@ -58,8 +57,3 @@ class Digests:
                 self._found[file] = file_digest(file)
         except Exception as error:  # handed to the thread that asks
             self._error = error
-
-
-def weight_files(model: Model) -> list[Path]:
-    """Config and weight files of a model: what its function depends on."""
-    return [model.folder / "config.json", *model.checkpoint.files]

@@ -10,12 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from .architectures.model import Model
 from .checkpoint.dtypes import torch_dtype
 from .checkpoint.finite import first_non_finite
-from .checkpoint.layout import lay_out
 from .checkpoint.reader import TensorReader
 from .checkpoint.region import Region
 from .checkpoint.writer import ShardWriter
@@ -23,11 +21,14 @@ from .errors import InputError, MoesurgError
 from .methods import load
 from .plan import COPY_BUFFER, Plan, Unit, element_bytes
 from .seeding import stream
+from .sources import Source, kind_of, open_source
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from .adapters.adapter import Adapter
+    from .architectures.model import Model
     from .calibration.statistics import Statistics
 
 PLAN_FILE = "plan.json"
@@ -36,14 +37,14 @@ PLAN_FILE = "plan.json"
 class Runner:
     """Runs units of one plan into one staging folder."""
 
-    def __init__(self, plan: Plan, folder: Path, models: Sequence[Model]) -> None:
+    def __init__(self, plan: Plan, folder: Path, sources: Sequence[Source]) -> None:
         self.plan = plan
-        self.models = models
+        self.sources = sources
         self.specs = {spec.name: spec for spec in plan.tensors}
-        self.readers = [TensorReader(model.checkpoint) for model in models]
-        shards = lay_out(plan.tensors, max_shard_bytes=plan.max_shard_bytes)
-        self.writer = ShardWriter(folder, shards, create=False)
-        self.method = load(plan.command, plan.method)
+        self.readers = [TensorReader(source.checkpoint) for source in sources]
+        self.writer = ShardWriter(folder, plan.shards, create=False)
+        kind = kind_of([source.folder for source in sources])
+        self.method = load(plan.command, plan.method, kind)
         self._folder = folder
         self._buffer = bytearray(COPY_BUFFER)
         self._units = {unit.id: unit for unit in plan.units}
@@ -52,7 +53,7 @@ class Runner:
     def open(cls, folder: Path) -> Runner:
         """A runner in a worker process, from the staged plan."""
         plan = Plan.from_json((folder / PLAN_FILE).read_text())
-        return cls(plan, folder, [Model.open(Path(source)) for source in plan.sources])
+        return cls(plan, folder, [open_source(Path(source)) for source in plan.sources])
 
     @cached_property
     def statistics(self) -> Statistics:
@@ -138,13 +139,23 @@ class Work:
         return self.unit.params
 
     @property
+    def sources(self) -> Sequence[Source]:
+        return self._runner.sources
+
+    @property
     def models(self) -> Sequence[Model]:
-        return self._runner.models
+        """The sources of a run that starts from models."""
+        return cast("Sequence[Model]", self._runner.sources)
+
+    @property
+    def adapters(self) -> Sequence[Adapter]:
+        """The sources of a run that starts from adapters."""
+        return cast("Sequence[Adapter]", self._runner.sources)
 
     @property
     def model(self) -> Model:
         """The first (often only) source."""
-        return self._runner.models[0]
+        return self.models[0]
 
     @property
     def statistics(self) -> Path:
@@ -178,6 +189,10 @@ class Work:
 
         rows_ND, _ = self._runner.statistics.inputs(self.layer)
         return torch.from_numpy(rows_ND.copy())
+
+    def dtype(self, region: Region) -> str:
+        """The type that is planned for the region."""
+        return self._runner.specs[region.tensor].dtype
 
     def stored(self, region: Region, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor in the type that is planned for the region."""
@@ -302,9 +317,9 @@ class _Window:
     def assembled(self) -> torch.Tensor:
         """The range as one flat tensor."""
         flat = self.parts[0][1].new_empty(self.end - self.begin)
-        for region, cast in self.parts:
+        for region, part in self.parts:
             offset = region.offset - self.begin
-            flat.as_strided(region.shape, region.strides, offset).copy_(cast)
+            flat.as_strided(region.shape, region.strides, offset).copy_(part)
         return flat
 
 

@@ -10,28 +10,31 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from . import __version__
-from .architectures.model import Model
 from .checkpoint.commit import Staging, fingerprint_digest
+from .checkpoint.formats import FORMATS
 from .checkpoint.hub import resolve
-from .checkpoint.layout import index_json, lay_out
-from .checkpoint.reader import INDEX
+from .checkpoint.layout import index_json
 from .checkpoint.writer import Hasher, ShardWriter
-from .digests import Digests, file_marks, header_digest, weight_files
-from .errors import MoesurgError, RefusedError, UsageError
+from .digests import Digests, file_marks, header_digest
+from .errors import InputError, MoesurgError, RefusedError, UsageError
 from .execute import PLAN_FILE, Runner
 from .executors.base import Executor, choose_workers, memory_budget
 from .executors.pool import PoolExecutor
 from .executors.serial import SerialExecutor
-from .methods import load, spelt
+from .methods import load, spelt, taking
 from .methods.base import Draft, Method
 from .outputs import carried_from_all, config_bytes, output_record, sources_record
 from .plan import Plan, Unit, validate
 from .progress import Progress, Stop, stoppable
 from .report import card, record
+from .sources import Source, Takes, kind_of, open_source
 from .weights import Weights
+
+if TYPE_CHECKING:
+    from .architectures.model import Model
 
 DISK_MARGIN = 64 << 20
 """Bytes left free beyond what is planned: index, report, directory blocks."""
@@ -74,21 +77,22 @@ def run(request: Request, progress: Progress) -> dict[str, Any]:
         MoesurgError: any of its kinds; nothing is left behind, or a resumable staging folder.
     """
     started = time.monotonic()
-    method = load(request.command, request.method)
+    folders = [resolve(source) for source in request.sources]
+    method = _method_for(request, kind_of(folders))
     if method.info.data == "none" and (request.data or request.calibration):
         raise UsageError(
             f"{' '.join(spelt(request.command, request.method))} uses no statistics",
             hint="leave out --data and --calibration",
         )
-    models = [Model.open(resolve(source)) for source in request.sources]
+    sources = [open_source(folder) for folder in folders]
     options = method.parse(request.options)
-    draft = method.plan(models, options)
-    plan = _plan(request, models, draft, options)
-    validate(plan, [model.checkpoint for model in models])
-    card.common_licence([model.folder for model in models])
+    draft = method.plan(sources, options)
+    plan = _plan(request, sources, draft, options)
+    validate(plan, [source.checkpoint for source in sources])
+    card.common_licence([source.folder for source in sources])
     workers = choose_workers(plan, request.workers, request.max_memory)
     if request.dry_run:
-        return _summary(request, models, plan, draft, started, workers) | {
+        return _summary(request, sources, plan, draft, started, workers) | {
             "dry_run": True,
             "plan": {
                 "tensors": [[spec.name, spec.dtype, list(spec.shape)] for spec in plan.tensors],
@@ -101,22 +105,38 @@ def run(request: Request, progress: Progress) -> dict[str, Any]:
         raise UsageError("an output folder is needed", hint="-o DIR, or --dry-run to plan only")
     _check_disk(request.output, plan)
     with stoppable(progress) as stop:
-        job = _Job(request, method, models, draft, plan, options, workers, progress, stop)
+        job = _Job(request, method, sources, draft, plan, options, workers, progress, stop)
         complete = job.perform()
-    result = _summary(request, models, job.plan, job.draft, started, workers)
+    result = _summary(request, sources, job.plan, job.draft, started, workers)
     return result | {"dry_run": False, "already_complete": complete}
 
 
-def _plan(request: Request, models: Sequence[Model], draft: Draft, options: Any) -> Plan:
+def _method_for(request: Request, kind: Takes) -> Method:
+    """The method, which has to take sources like these."""
+    method = load(request.command, request.method, kind)
+    takes = method.info.takes
+    if takes != kind:
+        known = taking(request.command, kind)
+        fitting = ", ".join(known) if known else "no method of this command"
+        raise InputError(
+            f"{' '.join(spelt(request.command, request.method))} takes {takes}, the sources are {kind} "
+            f"({', '.join(request.sources)})",
+            hint=f"{fitting} can take {kind}",
+        )
+    return method
+
+
+def _plan(request: Request, sources: Sequence[Source], draft: Draft, options: Any) -> Plan:
     return Plan(
         command=request.command,
         method=request.method,
         options=dataclasses.asdict(options),
         seed=request.seed,
-        sources=tuple(str(model.folder) for model in models),
+        sources=tuple(str(source.folder) for source in sources),
         tensors=tuple(draft.tensors),
         units=tuple(draft.units),
         max_shard_bytes=request.max_shard_bytes,
+        format=draft.format,
     )
 
 
@@ -135,7 +155,7 @@ def _check_disk(output: Path, plan: Plan) -> None:
 
 def _summary(
     request: Request,
-    models: Sequence[Model],
+    sources: Sequence[Source],
     plan: Plan,
     draft: Draft,
     started: float,
@@ -155,7 +175,7 @@ def _summary(
         "units": len(plan.units),
         "workers": workers,
         "bytes": plan.bytes,
-        "parameters": record.parameters(models, plan),
+        "parameters": record.parameters(sources, plan),
         "notes": list(draft.notes),
         "seconds": round(time.monotonic() - started, 3),
         "planned_memory_bytes": plan.memory,
@@ -170,7 +190,7 @@ class _Job:
         self,
         request: Request,
         method: Method,
-        models: Sequence[Model],
+        sources: Sequence[Source],
         draft: Draft,
         plan: Plan,
         options: Any,
@@ -178,13 +198,24 @@ class _Job:
         progress: Progress,
         stop: Stop,
     ) -> None:
-        self.request, self.method, self.models, self.draft = request, method, models, draft
+        self.request, self.method, self.sources, self.draft = request, method, sources, draft
         self.plan, self.options, self.workers = plan, options, workers
         self.progress, self.stop = progress, stop
         # A model may be given several times.
-        self.inputs = list(dict.fromkeys(file for model in models for file in weight_files(model)))
-        self.shards = lay_out(plan.tensors, max_shard_bytes=plan.max_shard_bytes)
+        self.inputs = list(
+            dict.fromkeys(file for source in sources for file in source.checkpoint.inputs)
+        )
+        self.shards = plan.shards
         self.statistics: Any = None
+
+    @property
+    def models(self) -> Sequence[Model]:
+        """The sources, where they are models; only methods that start from models need more than bytes."""
+        return cast("Sequence[Model]", self.sources)
+
+    @property
+    def model(self) -> Model:
+        return self.models[0]
 
     def perform(self) -> bool:
         """Stage, work and commit; True if a resumed run found its output already complete."""
@@ -195,7 +226,7 @@ class _Job:
             from .calibration.run import statistics_source
 
             self.statistics = statistics_source(
-                self.models[0],
+                self.model,
                 calibration=self.request.calibration,
                 data=self.request.data,
                 tokens=self.request.tokens,
@@ -207,7 +238,7 @@ class _Job:
             self.plan = dataclasses.replace(self.plan, statistics=self.statistics.place)
         identity = self._identity()
         self.fingerprint = fingerprint_digest(identity)
-        protected = [model.folder for model in self.models]
+        protected = [source.folder for source in self.sources]
         if self.request.calibration is not None:
             protected.append(self.request.calibration)
         with Staging.open(
@@ -241,7 +272,7 @@ class _Job:
             "options": dict(self.plan.options),
             "seed": self.plan.seed,
             "max_shard_bytes": self.plan.max_shard_bytes,
-            "sources": [header_digest(model) for model in self.models],
+            "sources": [header_digest(source.checkpoint) for source in self.sources],
             "statistics": None if self.statistics is None else self.statistics.identity,
         }
 
@@ -279,7 +310,7 @@ class _Job:
         return kept
 
     def _decided(self, statistics: Any) -> dict[str, Any]:
-        method, model, seed = self.method, self.models[0], self.plan.seed
+        method, model, seed = self.method, self.model, self.plan.seed
         if method.decide_from_weights is not None:
             with Weights(self.models, self.progress, self.stop) as weights:
                 return method.decide_from_weights(model, self.options, statistics, weights, seed)
@@ -298,8 +329,8 @@ class _Job:
         self.plan = dataclasses.replace(
             self.plan, tensors=tuple(draft.tensors), units=tuple(draft.units)
         )
-        validate(self.plan, [model.checkpoint for model in self.models])
-        self.shards = lay_out(self.plan.tensors, max_shard_bytes=self.plan.max_shard_bytes)
+        validate(self.plan, [source.checkpoint for source in self.sources])
+        self.shards = self.plan.shards
 
     def _execute(
         self, staging: Staging, decision: dict[str, Any] | None
@@ -353,7 +384,7 @@ class _Job:
         if self.workers > 1:
             pool = PoolExecutor(folder, self.workers, memory_budget(self.request.max_memory))
             return pool, lambda: None
-        runner = Runner(self.plan, folder, self.models)
+        runner = Runner(self.plan, folder, self.sources)
         return SerialExecutor(runner), runner.close
 
     def _finish(
@@ -366,14 +397,16 @@ class _Job:
     ) -> None:
         """Write everything that is not weights; the report last."""
         if self.statistics is not None:
-            self.statistics.check(self.models[0], digests)
+            self.statistics.check(self.model, digests)
         small: dict[str, bytes] = {
-            "config.json": config_bytes(self.draft.config, own_code=self.draft.tier == "custom"),
+            FORMATS[self.draft.format].config: config_bytes(
+                self.draft.config, own_code=self.draft.tier == "custom"
+            ),
             **self.draft.files,
         }
         if len(self.shards) > 1:
-            small[INDEX] = index_json(self.shards)
-        for name, data in carried_from_all([model.folder for model in self.models]).items():
+            small[FORMATS[self.draft.format].index] = index_json(self.shards)
+        for name, data in carried_from_all([source.folder for source in self.sources]).items():
             small.setdefault(name, data)
         described = None if decision is None else decision["statistics"]
         report: dict[str, Any] = record.base_record(self.plan.command, self.plan.method)
@@ -389,12 +422,13 @@ class _Job:
             "options": dict(self.plan.options),
             "seed": self.plan.seed,
             "fingerprint": self.fingerprint,
-            "sources": sources_record(self.request.sources, self.models, digests),
+            "sources": sources_record(self.request.sources, self.sources, digests),
             "statistics": described,
+            "format": self.draft.format,
             "tier": self.draft.tier,
             "exactness": dataclasses.asdict(self.draft.exactness),
             "notes": list(self.draft.notes),
-            "parameters": record.parameters(self.models, self.plan),
+            "parameters": record.parameters(self.sources, self.plan),
             "decisions": None if decision is None else decision["layers"],
             "units": {name: metrics[name] for name in sorted(metrics) if metrics[name]},
             "unchanged": self.plan.unchanged,
@@ -402,7 +436,8 @@ class _Job:
         small["README.md"] = card.card(
             report,
             self.request.sources,
-            card.common_licence([model.folder for model in self.models]),
+            card.common_licence([source.folder for source in self.sources]),
+            base=cast("str | None", self.draft.config.get("base_model_name_or_path")),
         )
         report["output"] = output_record(self.plan, self.shards, hashes, small)
         for name, data in small.items():

@@ -9,31 +9,35 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from .architectures.model import Model
+from .checkpoint.formats import ADAPTER, FORMATS, format_of
 from .checkpoint.hub import PATTERNS
 from .checkpoint.layout import Shard
 from .checkpoint.reader import contained
 from .plan import Plan
+from .sources import Source
 
 TERMS = ("LICENSE*", "NOTICE*")
 CARRIED = (*PATTERNS, *TERMS)
-OWN = frozenset({"config.json", "report.json", "README.md"})
+OWN = frozenset({"report.json", "README.md", *(found.config for found in FORMATS.values())})
 """Files that every output has anew."""
 
 
 def carried_files(folder: Path) -> dict[str, Path]:
     """Tokenizer, generation settings, licence: files of the source that the output needs unchanged.
 
+    Of an adapter only its terms: everything else belongs to the base model or to its training.
+
     Raises:
         InputError: one of them is a link out of the folder.
     """
     found = {}
+    wanted = TERMS if format_of(folder) == ADAPTER else CARRIED
     for path in sorted(folder.iterdir()):
         name = path.name
         weights = fnmatch(name, "*.safetensors") or fnmatch(name, "*.index.json")
         if weights or name in OWN or path.is_dir() or name.startswith("."):
             continue
-        if any(fnmatch(name, pattern) for pattern in CARRIED):
+        if any(fnmatch(name, pattern) for pattern in wanted):
             found[name] = contained(folder, name)
     return found
 
@@ -64,18 +68,20 @@ def config_bytes(config: Mapping[str, object], *, own_code: bool = False) -> byt
 
 
 def sources_record(
-    given: Sequence[str], models: Sequence[Model], digests: Mapping[Path, str]
+    given: Sequence[str], sources: Sequence[Source], digests: Mapping[Path, str]
 ) -> list[dict[str, Any]]:
     """What the report says of each input."""
     return [
         {
             "path": path,
-            "model_type": model.family.model_type,
+            "model_type": source.label,
             "files": {
-                file.name: digest for file, digest in digests.items() if file.parent == model.folder
+                file.name: digest
+                for file, digest in digests.items()
+                if file.parent == source.folder
             },
         }
-        for path, model in zip(given, models, strict=True)
+        for path, source in zip(given, sources, strict=True)
     ]
 
 

@@ -6,10 +6,12 @@ import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 from .checkpoint.dtypes import BITS, nbytes
-from .checkpoint.layout import TensorSpec
+from .checkpoint.formats import FORMATS, MODEL
+from .checkpoint.layout import Shard, TensorSpec, lay_out
 from .checkpoint.reader import Checkpoint
 from .checkpoint.region import Region
 from .errors import InputError, MoesurgError
@@ -109,6 +111,7 @@ class Plan:
         units: the work.
         max_shard_bytes: how shards are cut.
         statistics: folder of the statistics, relative to the staging folder or absolute; empty for none.
+        format: name of the output's format.
     """
 
     command: str
@@ -120,11 +123,19 @@ class Plan:
     units: tuple[Unit, ...]
     max_shard_bytes: int
     statistics: str = ""
+    format: str = MODEL.name
 
     @property
     def bytes(self) -> int:
         """Bytes of all output tensors."""
         return sum(spec.nbytes for spec in self.tensors)
+
+    @cached_property
+    def shards(self) -> list[Shard]:
+        """The output's files; a format that is read from one file gets one whatever its size."""
+        found = FORMATS[self.format]
+        limit = self.max_shard_bytes if found.sharded else max(1, self.bytes)
+        return lay_out(self.tensors, max_shard_bytes=limit, stem=found.stem)
 
     @property
     def unchanged(self) -> int:
@@ -152,6 +163,7 @@ class Plan:
             "sources": list(self.sources),
             "max_shard_bytes": self.max_shard_bytes,
             "statistics": self.statistics,
+            "format": self.format,
             "tensors": [[spec.name, spec.dtype, list(spec.shape)] for spec in self.tensors],
             "units": [unit.to_json() for unit in self.units],
         }
@@ -172,6 +184,7 @@ class Plan:
             units=tuple(Unit.from_json(item) for item in data["units"]),
             max_shard_bytes=data["max_shard_bytes"],
             statistics=data["statistics"],
+            format=data["format"],
         )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from .adapters.adapter import Adapter
 from .architectures.model import Model
 from .checkpoint.header import read_json
 from .checkpoint.hub import resolve
@@ -16,8 +17,11 @@ from .executors.base import memory_budget
 from .progress import Progress
 from .report.record import SCHEMA_VERSION, self_digest
 from .seeding import stream
+from .sources import Source, open_source
+from .verify_adapter import verify_adapter
 from .verify_custom import verify_custom
 
+LOGITS = "largest |difference of logits|"
 CHECK_TOKENS = 512
 """Tokens of text on which the promised exactness is measured."""
 
@@ -49,18 +53,21 @@ def verify(
     report = _report(path)
     _files(path, report, progress)
     try:
-        custom = report["tier"] == "custom"
-        model = None if custom else Model.open(path)
-        checkpoint = open_checkpoint(path) if model is None else model.checkpoint
+        source: Source | None = None
+        if report["tier"] != "custom":
+            source = open_source(path)
+        checkpoint = open_checkpoint(path) if source is None else source.checkpoint
         _weights(checkpoint, progress)
     except InputError as error:
         raise VerificationError(error.message, hint=error.hint) from error
-    if model is None:
-        source = _source(report, reference)
-        loaded, exactness = verify_custom(checkpoint, report, source, device, progress)
-    else:
+    if isinstance(source, Model):
         loaded = _loads(path, report, progress)
-        exactness = _exactness(model, report, reference, device, progress)
+        exactness = _exactness(source, report, reference, device, progress)
+    elif isinstance(source, Adapter):
+        loaded, exactness = verify_adapter(source, report)
+    else:
+        against = _source(report, reference)
+        loaded, exactness = verify_custom(checkpoint, report, against, device, progress)
     known = set(report["output"]["files"]) | {"report.json"}
     return {
         "schema_version": SCHEMA_VERSION,
@@ -189,7 +196,11 @@ def _exactness(
             f"{model.folder}: promised {promised['kind']}, but logits differ from {source} by up to "
             f"{measured:.3g} (allowed {limit:.3g})"
         )
-    return promised | {"measured": measured, "reference": str(source)}
+    return promised | {
+        "measured": measured,
+        "measure": LOGITS,
+        "reference": str(source),
+    }
 
 
 def _source(report: Mapping[str, Any], reference: str | None) -> Path | None:

@@ -51,17 +51,21 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Builds a random checkpoint once per session and set of arguments; it must not be changed.
 
     ``checkpoint("qwen3_moe", layout="fused")`` takes the arguments of `fixtures.random_models.build` but for
-    the folder.
+    the folder, ``checkpoint("adapter", rank=4)`` those of `fixtures.random_adapters.build`.
     """
     built: dict[object, Path] = {}
 
     def build_once(model_type: str, **arguments: Any) -> Path:
+        from fixtures import random_adapters
         from fixtures.random_models import build
 
         key = (model_type, repr(sorted(arguments.items())))
         if key not in built:
             folder = tmp_path_factory.mktemp(model_type) / "model"
-            built[key] = build(model_type, folder, **arguments)
+            if model_type == "adapter":
+                built[key] = random_adapters.build(folder, **arguments)
+            else:
+                built[key] = build(model_type, folder, **arguments)
         return built[key]
 
     return build_once

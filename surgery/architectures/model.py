@@ -126,6 +126,11 @@ class Model:
         return self.checkpoint.folder
 
     @property
+    def label(self) -> str:
+        """What reports call it."""
+        return self.family.model_type
+
+    @property
     def is_moe(self) -> bool:
         return self.family.moe is not None
 

@@ -13,7 +13,7 @@ from ..architectures.linears import linears
 from ..checkpoint.header import read_header, read_json
 from ..checkpoint.reader import Checkpoint, TensorReader, contained, file_digest
 from ..checkpoint.region import Region
-from ..digests import Digests, header_digest, weight_files
+from ..digests import Digests, header_digest
 from ..errors import InputError, RefusedError
 from .corpus import read_corpus
 from .statistics import JSON_FILE, SCHEMA_VERSION, model_digest
@@ -182,7 +182,7 @@ class FreshGrams:
             progress.warn(
                 f"the text gives {sequences.total:,} of the {sequences.tokens:,} tokens asked for"
             )
-        digests = Digests(weight_files(self._model))
+        digests = Digests(self._model.checkpoint.inputs)
         progress.stage("calibrating", len(self._model.layers))
 
         def report(_: str, finished: int, total: int) -> None:
@@ -237,7 +237,7 @@ def calibrate_grams(
     identity = {
         "moesurg": __version__,
         "command": "calibrate",
-        "source": header_digest(model),
+        "source": header_digest(model.checkpoint),
         **fresh.identity,
     }
     with (

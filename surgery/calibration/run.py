@@ -12,7 +12,7 @@ from ..architectures.model import Model
 from ..checkpoint.commit import Staging
 from ..checkpoint.hub import resolve
 from ..checkpoint.reader import TensorReader
-from ..digests import Digests, header_digest, weight_files
+from ..digests import Digests, header_digest
 from ..errors import InputError
 from ..methods.base import DataNeed
 from ..progress import Progress, Stop, stoppable
@@ -195,7 +195,7 @@ def _collect(
     """Collect statistics and their model's digest; returns the folder's files."""
     from .collect import collect
 
-    digests = Digests(weight_files(model))
+    digests = Digests(model.checkpoint.inputs)
     done = 0
 
     def report(_: str, finished: int, total: int) -> None:
@@ -289,7 +289,7 @@ def calibrate(
     identity = {
         "moesurg": __version__,
         "command": "calibrate",
-        "source": header_digest(model),
+        "source": header_digest(model.checkpoint),
         "text": {domain.name: domain.digest for domain in corpus.domains},
         "tokens": tokens,
         "seq_len": seq_len,

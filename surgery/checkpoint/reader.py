@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from ..errors import InputError
 from .dtypes import torch_dtype
 from .finite import first_non_finite
+from .formats import MODEL, Format
 from .header import TensorInfo, read_header, read_json
 
 if TYPE_CHECKING:
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
 
     from .region import Region
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 CHUNK = 1 << 20
 
 
@@ -35,18 +34,25 @@ class Checkpoint:
 
     Attributes:
         folder: the folder, as given.
-        config: the parsed ``config.json``.
+        config: the parsed ``config.json``, or what the format has in its place.
         tensors: every stored tensor by name.
         files: the weight files, sorted by name.
+        format: how the folder is laid out.
     """
 
     folder: Path
     config: Mapping[str, object]
     tensors: Mapping[str, TensorInfo]
     files: tuple[Path, ...]
+    format: Format = MODEL
+
+    @property
+    def inputs(self) -> list[Path]:
+        """Config and weight files: what the function of the checkpoint depends on."""
+        return [self.folder / self.format.config, *self.files]
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_checkpoint(folder: Path, format: Format = MODEL) -> Checkpoint:
     """Read config, index and headers of a folder, refusing anything ambiguous or unsafe.
 
     Raises:
@@ -57,9 +63,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             f"{folder}: no such folder",
             hint="give a folder with config.json and safetensors files, or a Hub id owner/name",
         )
-    config = read_json(contained(folder, "config.json"))
-    tensors, files = _weights(folder)
-    return Checkpoint(folder, config, tensors, files)
+    config = read_json(contained(folder, format.config))
+    tensors, files = _weights(folder, format)
+    return Checkpoint(folder, config, tensors, files, format)
 
 
 def contained(folder: Path, name: str) -> Path:
@@ -101,18 +107,19 @@ def contained(folder: Path, name: str) -> Path:
     return path
 
 
-def _weights(folder: Path) -> tuple[dict[str, TensorInfo], tuple[Path, ...]]:
-    has_index, has_single = (folder / INDEX).exists(), (folder / SINGLE).exists()
+def _weights(folder: Path, format: Format) -> tuple[dict[str, TensorInfo], tuple[Path, ...]]:
+    has_single = (folder / format.single).exists()
+    has_index = format.sharded and (folder / format.index).exists()
     if has_index and has_single:
         raise InputError(
-            f"{folder}: holds both {SINGLE} and {INDEX}, and loaders disagree which one counts",
+            f"{folder}: holds both {format.single} and {format.index}, and loaders disagree which one counts",
             hint="remove the stale one",
         )
     if has_single:
-        path = contained(folder, SINGLE)
+        path = contained(folder, format.single)
         return read_header(path), (path,)
     if has_index:
-        return _sharded(folder)
+        return _sharded(folder, format)
     pickles = sorted(
         path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern)
     )
@@ -122,11 +129,13 @@ def _weights(folder: Path) -> tuple[dict[str, TensorInfo], tuple[Path, ...]]:
             "which can run code when opened and are never read",
             hint="convert on a machine you trust: load with transformers, then save_pretrained",
         )
-    raise InputError(f"{folder}: has neither {SINGLE} nor {INDEX}")
+    if not format.sharded:
+        raise InputError(f"{folder}: has no {format.single}")
+    raise InputError(f"{folder}: has neither {format.single} nor {format.index}")
 
 
-def _sharded(folder: Path) -> tuple[dict[str, TensorInfo], tuple[Path, ...]]:
-    index_path = contained(folder, INDEX)
+def _sharded(folder: Path, format: Format) -> tuple[dict[str, TensorInfo], tuple[Path, ...]]:
+    index_path = contained(folder, format.index)
     weight_map = read_json(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index_path}: weight_map is missing or empty")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from ..errors import UsageError
 
 if TYPE_CHECKING:
+    from ..sources import Takes
     from .base import Method
 
 FOLDERS = {
@@ -19,7 +20,7 @@ FOLDERS = {
     "compress": ("compress",),
     "convert": ("convert",),
     "expert": ("expert",),
-    "merge": ("experts",),
+    "merge": ("experts", "adapters"),
     "prune": ("prune",),
     "upcycle": ("upcycle",),
 }
@@ -42,26 +43,46 @@ def spelt(command: str, method: str, sources: Sequence[str] = ()) -> list[str]:
 @cache
 def names(command: str) -> tuple[str, ...]:
     """The methods of a command, from the folder listing alone."""
-    return tuple(name for name, _ in _listing(command))
+    return tuple(dict.fromkeys(name for name, _ in _listing(command)))
 
 
-def load(command: str, name: str) -> Method:
+def load(command: str, name: str, kind: Takes | None = None) -> Method:
     """A method by command and name.
+
+    Args:
+        command: such as ``merge``.
+        name: of the method.
+        kind: what the sources are. Where a name stands for one method for models and one for adapters, it chooses;
+            it refuses nothing.
 
     Raises:
         UsageError: no such method; lists those there are.
     """
-    for found, module in _listing(command):
-        if found == name:
-            return _method(command, name, importlib.import_module(module, __name__))
-    raise UsageError(
-        f"{command} has no method {name!r}", hint=f"its methods are {', '.join(names(command))}"
-    )
+    found = [
+        _method(command, name, importlib.import_module(module, __name__))
+        for listed, module in _listing(command)
+        if listed == name
+    ]
+    if not found:
+        raise UsageError(
+            f"{command} has no method {name!r}", hint=f"its methods are {', '.join(names(command))}"
+        )
+    fitting = [method for method in found if method.info.takes == (kind or "models")]
+    return (fitting or found)[0]
+
+
+def taking(command: str, kind: Takes) -> list[str]:
+    """The methods of a command for sources of a kind."""
+    return [name for name in names(command) if load(command, name, kind).info.takes == kind]
 
 
 def methods() -> list[Method]:
     """Every method of every command, sorted."""
-    return [load(command, name) for command in sorted(FOLDERS) for name in names(command)]
+    return [
+        _method(command, name, importlib.import_module(module, __name__))
+        for command in sorted(FOLDERS)
+        for name, module in _listing(command)
+    ]
 
 
 def _listing(command: str) -> list[tuple[str, str]]:

@@ -24,10 +24,12 @@ if TYPE_CHECKING:
     from ..architectures.model import Model
     from ..calibration.statistics import Statistics
     from ..execute import Work
+    from ..sources import Takes
     from ..weights import Weights
 
 DataNeed = Literal["none", "routed", "all-expert", "gram"]
 Tier = Literal["stock", "padded", "custom"]
+FormatName = Literal["model", "adapter", "pack"]
 
 
 def option(default: Any, help: str, *, choices: Sequence[str] = (), metavar: str = "") -> Any:
@@ -53,6 +55,7 @@ class MethodInfo:
         data: statistics it needs.
         tier: how its output loads.
         sample: rows of each mixture's input that the statistics must hold, whatever the options say.
+        takes: what its sources are; methods of one name for several kinds are files of their own.
     """
 
     summary: str
@@ -61,6 +64,7 @@ class MethodInfo:
     data: DataNeed
     tier: Tier = "stock"
     sample: int = 0
+    takes: Takes = "models"
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ class Draft:
     """What a method plans: the whole output before a weight is read.
 
     Attributes:
-        config: the output's ``config.json``.
+        config: the output's ``config.json``, or what its format has in its place.
         tensors: every output tensor, in the order shards are filled.
         units: the work.
         exactness: predicted relation to the first source.
@@ -91,6 +95,7 @@ class Draft:
         notes: sentences for plan and report.
         sample: rows of each mixture's input that these options need; ``work.inputs()`` gives them.
         files: further small files of the output by name, such as model code.
+        format: what the output is.
     """
 
     config: dict[str, object]
@@ -101,6 +106,7 @@ class Draft:
     notes: Sequence[str] = ()
     sample: int = 0
     files: Mapping[str, bytes] = field(default_factory=dict)
+    format: FormatName = "model"
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,7 @@ class Method:
     name: str
     info: MethodInfo
     options: type[Any]
-    plan: Callable[[Sequence[Model], Any], Draft]
+    plan: Callable[[Sequence[Any], Any], Draft]
     transform: Callable[[Work], dict[str, object]]
     decide: Callable[[Model, Any, Statistics, int], dict[str, Any]] | None
     description: str

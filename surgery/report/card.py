@@ -44,26 +44,35 @@ def common_licence(folders: Sequence[Path]) -> str | None:
     return next(iter(named.values()), None)
 
 
-def card(record: Mapping[str, Any], sources: Sequence[str], licence: str | None) -> bytes:
+def card(
+    record: Mapping[str, Any],
+    sources: Sequence[str],
+    licence: str | None,
+    *,
+    base: str | None = None,
+) -> bytes:
     """The card as ``README.md``.
 
     Args:
         record: the run's record.
         sources: what the user gave; Hub ids become ``base_model``.
         licence: carried over from the sources, or None.
+        base: for an adapter, the model it adapts.
     """
-    matter = ["---", "library_name: transformers"]
+    adapter = record["format"] == "adapter"
+    matter = ["---", f"library_name: {'peft' if adapter else 'transformers'}"]
     if licence:
         matter.append(f"license: {licence}")
-    bases = [
-        source for source in sources if _HUB_ID.fullmatch(source) and not Path(source).exists()
-    ]
+    named = [base] if adapter and base else sources
+    bases = [name for name in named if _HUB_ID.fullmatch(name) and not Path(name).exists()]
     if bases:
         matter.append("base_model:")
         matter.extend(f"- {source}" for source in bases)
         several = "merge" if len(bases) > 1 else "finetune"
-        matter.append(f"base_model_relation: {_RELATION.get(record['operation'], several)}")
-    matter.extend(["tags:", "- moe", "- moesurg", f"- {record['operation']}", "---"])
+        relation = "adapter" if adapter else _RELATION.get(record["operation"], several)
+        matter.append(f"base_model_relation: {relation}")
+    kind = "lora" if adapter else "moe"
+    matter.extend(["tags:", f"- {kind}", "- moesurg", f"- {record['operation']}", "---"])
     parameters, exactness = record["parameters"], record["exactness"]
     names = ", ".join(f"`{Path(source).name}`" for source in sources)
     lines = [
@@ -79,7 +88,7 @@ def card(record: Mapping[str, Any], sources: Sequence[str], licence: str | None)
         "",
         f"* parameters: {parameters['before']:,} before, {parameters['after']:,} after",
         f"* relation to the source: {exactness['kind']} ({exactness['reason']})",
-        f"* loads as: {record['tier']}",
+        f"* loads as: {'PEFT adapter' if adapter else record['tier']}",
         f"* tensors copied unchanged: {record['unchanged']}",
     ]
     if record["statistics"]:

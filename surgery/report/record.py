@@ -10,6 +10,7 @@ Schema, version 1:
 * ``fingerprint``: SHA-256 of what decides the output, also the key of ``--resume``
 * ``sources``: for each input ``path``, ``model_type`` and ``files`` (SHA-256 by name)
 * ``statistics``: digest and description of the calibration, or null
+* ``format`` of the output (``model``, ``adapter`` or ``pack``)
 * ``tier``, ``exactness`` (``kind``, ``reason``, ``tolerance``), ``notes``
 * ``output``: ``files`` (``sha256`` and ``bytes`` by name), ``tensors``, ``bytes``, ``parameters``
 * ``parameters``: ``before`` and ``after``
@@ -28,10 +29,10 @@ from importlib import metadata
 from typing import Any
 
 from .. import __version__
-from ..architectures.model import Model
 from ..checkpoint.region import Region
 from ..methods import spelt
 from ..plan import Plan
+from ..sources import Source
 
 SCHEMA_VERSION = 1
 LIBRARIES = ("torch", "transformers", "safetensors", "numpy", "scipy", "scikit-learn")
@@ -95,12 +96,12 @@ def base_record(command: str, method: str) -> dict[str, Any]:
     }
 
 
-def parameters(models: Sequence[Model], plan: Plan) -> dict[str, int]:
+def parameters(sources: Sequence[Source], plan: Plan) -> dict[str, int]:
     """Stored numbers of all sources together, and of the output."""
     before = sum(
         Region(name, info.shape).count
-        for model in models
-        for name, info in model.checkpoint.tensors.items()
+        for source in sources
+        for name, info in source.checkpoint.tensors.items()
     )
     after = sum(Region(spec.name, spec.shape).count for spec in plan.tensors)
     return {"before": before, "after": after}

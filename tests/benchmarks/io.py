@@ -31,10 +31,10 @@ from moesurg.surgery.progress import Silent
 HIDDEN, WIDTH, VOCAB, HEADS, EXPERTS = 1024, 2816, 32000, 16, 4
 
 
-def build(folder: Path, layers: int) -> Path:
+def build(folder: Path, layers: int, *, seed: int = 0) -> Path:
     """A random checkpoint; the values do not matter, the sizes do."""
     folder.mkdir(parents=True)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> torch.Tensor:
         return (torch.randn(*shape, generator=generator) * 0.02).bfloat16()

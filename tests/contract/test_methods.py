@@ -11,17 +11,23 @@ from typing import Any
 import pytest
 
 from moesurg.surgery.architectures.model import Model
+from moesurg.surgery.checkpoint.formats import ADAPTER, format_of
 from moesurg.surgery.checkpoint.reader import open_checkpoint
 from moesurg.surgery.executors.serial import SerialExecutor
 from moesurg.surgery.methods import load, methods, names, spelt
 from moesurg.surgery.methods.base import Method
 from moesurg.surgery.progress import Silent
+from moesurg.surgery.sources import open_source
 from moesurg.surgery.verification import verify
 from tests.faults.harness import digest
-from tests.oracle.helpers import custom, operate, stock
+from tests.oracle.helpers import custom, operate, peft, stock
 
 Checkpoint = Callable[..., Path]
 BF16 = {"dtype": "bfloat16"}
+ADAPTERS: list[tuple[str, dict[str, Any]]] = [
+    ("adapter", {"dtype": "bfloat16", "seed": 0}),
+    ("adapter", {"dtype": "bfloat16", "seed": 1, "use_rslora": True}),
+]
 SOURCES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "upcycle": [("llama", BF16)],
     "merge": [("qwen3_moe", BF16)],
@@ -37,9 +43,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "upcycle split": {"experts": 2},
     "upcycle virtual-groups": {"granularity": 2},
     "convert layout": {"layout": "fused"},
-    "expert add": {"copy": "1,4-5"},
     "expert drop": {"which": "1,4-5"},
-    "expert opt-out": {"which": "1,4-5"},
 }
 """Options without which a method does not start, or not on these sources."""
 
@@ -49,14 +53,16 @@ DEFAULTS: dict[str, Any] = {"experts": 4, "ratio": 0.3}
 ALL = methods()
 
 
-@pytest.fixture(params=ALL, ids=[f"{method.command}-{method.name}" for method in ALL])
+def key(method: Method) -> str:
+    """Command and name, and what its sources are where these are not models."""
+    takes = method.info.takes
+    return f"{method.command} {method.name}{'' if takes == 'models' else ' ' + takes}"
+
+
+@pytest.fixture(params=ALL, ids=[key(method).replace(" ", "-") for method in ALL])
 def method(request: pytest.FixtureRequest) -> Method:
     found: Method = request.param
     return found
-
-
-def key(method: Method) -> str:
-    return f"{method.command} {method.name}"
 
 
 def options_of(method: Method) -> dict[str, Any]:
@@ -65,7 +71,8 @@ def options_of(method: Method) -> dict[str, Any]:
 
 @pytest.fixture
 def sources(method: Method, checkpoint: Checkpoint) -> list[Path]:
-    wanted = SOURCES.get(key(method), SOURCES[method.command])
+    usual = ADAPTERS if method.info.takes == "adapters" else SOURCES[method.command]
+    wanted = SOURCES.get(key(method), usual)
     return [checkpoint(family, **arguments) for family, arguments in wanted]
 
 
@@ -85,7 +92,7 @@ def test_it_is_documented(method: Method) -> None:
 
 def test_it_is_found_by_its_file_name(method: Method) -> None:
     assert method.name in names(method.command)
-    assert load(method.command, method.name).info == method.info
+    assert load(method.command, method.name, method.info.takes).info == method.info
 
 
 def test_the_output_is_what_the_dry_run_said(
@@ -94,7 +101,8 @@ def test_the_output_is_what_the_dry_run_said(
     planned = perform(method, sources, tmp_path / "out", dry_run=True)
     assert not list(tmp_path.iterdir())
     result = perform(method, sources, tmp_path / "out")
-    stored = open_checkpoint(tmp_path / "out").tensors
+    form = format_of(tmp_path / "out")
+    stored = open_checkpoint(tmp_path / "out", form).tensors
     listed = {name: (dtype, tuple(shape)) for name, dtype, shape in planned["plan"]["tensors"]}
     held = {name: (info.dtype, info.shape) for name, info in stored.items()}
     size = sum(info.nbytes for info in stored.values())
@@ -105,19 +113,28 @@ def test_the_output_is_what_the_dry_run_said(
         return
     assert held == listed
     assert size == planned["bytes"]
-    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    written = json.loads((tmp_path / "out" / form.config).read_text())
     assert written == {
         key: value for key, value in planned["plan"]["config"].items() if key != "_name_or_path"
     }
 
 
-def test_the_output_loads_and_verifies(method: Method, sources: list[Path], tmp_path: Path) -> None:
-    perform(method, sources, tmp_path / "out")
-    if method.info.tier == "custom":
-        custom(tmp_path / "out")
+def loads(method: Method, folder: Path, checkpoint: Checkpoint) -> None:
+    """The output loads where users would load it."""
+    if format_of(folder) == ADAPTER:
+        peft(checkpoint("llama"), folder)
+    elif method.info.tier == "custom":
+        custom(folder)
     else:
-        Model.open(tmp_path / "out")
-        stock(tmp_path / "out")
+        Model.open(folder)
+        stock(folder)
+
+
+def test_the_output_loads_and_verifies(
+    method: Method, sources: list[Path], checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    perform(method, sources, tmp_path / "out")
+    loads(method, tmp_path / "out", checkpoint)
     found = verify(str(tmp_path / "out"), reference=None, device="cpu", progress=Silent())
     assert found["verified"]
     assert found["not_in_report"] == []
@@ -152,17 +169,20 @@ def test_workers_do_not_change_the_bytes(name: str, checkpoint: Checkpoint, tmp_
     assert digest(tmp_path / "1") == digest(tmp_path / "2")
 
 
-def test_shards_hold_the_same_tensors(method: Method, sources: list[Path], tmp_path: Path) -> None:
+def test_shards_hold_the_same_tensors(
+    method: Method, sources: list[Path], checkpoint: Checkpoint, tmp_path: Path
+) -> None:
     perform(method, sources, tmp_path / "one")
     perform(method, sources, tmp_path / "many", max_shard_bytes=20_000)
-    one, many = (open_checkpoint(tmp_path / name) for name in ("one", "many"))
-    assert len(many.files) > 2
+    form = format_of(tmp_path / "one")
+    one, many = (open_checkpoint(tmp_path / name, form) for name in ("one", "many"))
+    assert len(many.files) > 2 or not form.sharded
     assert one.tensors.keys() == many.tensors.keys()
     for name, info in one.tensors.items():
         other = many.tensors[name]
         first = info.file.read_bytes()[info.begin : info.end]
         assert first == other.file.read_bytes()[other.begin : other.end]
-    (custom if method.info.tier == "custom" else stock)(tmp_path / "many")
+    loads(method, tmp_path / "many", checkpoint)
 
 
 def test_the_report_is_complete(method: Method, sources: list[Path], tmp_path: Path) -> None:
@@ -177,7 +197,7 @@ def test_the_report_is_complete(method: Method, sources: list[Path], tmp_path: P
     files = {path.name for path in (tmp_path / "out").iterdir()} - {"report.json"}
     assert set(report["output"]["files"]) == files
     assert [set(source["files"]) for source in report["sources"]] == [
-        {"config.json", "model.safetensors"} for _ in sources
+        {path.name for path in open_source(source).checkpoint.inputs} for source in sources
     ]
     assert (report["statistics"] is None) == (method.info.data == "none")
     text = (tmp_path / "out" / "README.md").read_text()
@@ -190,7 +210,7 @@ def test_the_report_is_complete(method: Method, sources: list[Path], tmp_path: P
 def test_the_plan_survives_json(method: Method, sources: list[Path]) -> None:
     from moesurg.surgery.operation import Request, _plan
 
-    models = [Model.open(source) for source in sources]
+    models = [open_source(source) for source in sources]
     options = options_of(method)
     draft = method.plan(models, method.parse(options))
     folders = tuple(map(str, sources))

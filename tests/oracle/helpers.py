@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,23 @@ def custom(folder: Path) -> Any:
     assert not info["unexpected_keys"]
     assert not info["mismatched_keys"]
     return model.eval()
+
+
+def peft(base: Path, folder: Path) -> Any:
+    """A model in float32 with an adapter that PEFT loaded without a missing or unexpected key."""
+    from peft import LoraConfig, get_peft_model
+    from peft.utils import load_peft_weights, set_peft_model_state_dict
+
+    config: Any = LoraConfig.from_pretrained(str(folder))
+    config.base_model_name_or_path = str(base)
+    with warnings.catch_warnings():
+        # A bias is merged by us, whatever PEFT's own merging makes of a base without one.
+        warnings.filterwarnings("ignore", message=".lora_bias=True. was passed")
+        adapted: Any = get_peft_model(stock(base), config)
+    found = set_peft_model_state_dict(adapted, load_peft_weights(str(folder), device="cpu"))
+    assert not found.unexpected_keys
+    assert not [key for key in found.missing_keys if "lora_" in key or "modules_to_save" in key]
+    return adapted.float().eval()
 
 
 def token_ids(folder: Path, length: int = 24, rows: int = 3) -> torch.Tensor:

@@ -1,0 +1,214 @@
+"""The adapter that a method writes: tensors and a config that loads with no missing and no unexpected key.
+
+Scales are folded into the factors, so that the written adapter's own scale is 1: alpha equals the rank of every module.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..checkpoint.layout import TensorSpec
+from ..checkpoint.region import Region
+from ..errors import InputError
+from .adapter import PREFIX, Adapter, Module
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..execute import Work
+
+WIDTHS = ("F16", "BF16", "F32", "F64")
+"""Floating types, the widest last; BF16 and F16 together need F32."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """One module of the output.
+
+    Attributes:
+        module: name, kind and shapes of it in a source.
+        rank: of the output.
+        dtype: stored type of both factors.
+        bias: whether B has a bias.
+    """
+
+    module: Module
+    rank: int
+    dtype: str
+    bias: bool = False
+
+    @property
+    def down(self) -> Region:
+        """A."""
+        return Region(
+            self.module.down.tensor,
+            (self.module.experts * self.rank, *self.module.down.shape[1:]),
+        )
+
+    @property
+    def up(self) -> Region:
+        """B."""
+        rest = self.module.up.shape[2:]
+        return Region(
+            self.module.up.tensor,
+            (self.module.outputs, self.rank * self.module.experts, *rest),
+        )
+
+    @property
+    def bias_region(self) -> Region:
+        return Region(f"{PREFIX}{self.module.name}.lora_B.bias", (self.module.outputs,))
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """Everything of the module: A, B and, where it has one, the bias."""
+        both = (self.down, self.up)
+        return (*both, self.bias_region) if self.bias else both
+
+    @property
+    def specs(self) -> list[TensorSpec]:
+        return [TensorSpec(region.tensor, self.dtype, region.shape) for region in self.regions]
+
+
+def widest(dtypes: Sequence[str]) -> str:
+    """The type that holds values of all of these.
+
+    Raises:
+        InputError: one of them is no common floating type.
+    """
+    for dtype in dtypes:
+        if dtype not in WIDTHS:
+            raise InputError(
+                f"factors stored as {dtype} cannot be merged, only {', '.join(WIDTHS)}"
+            )
+    found = max(dtypes, key=WIDTHS.index)
+    return "F32" if found == "BF16" and "F16" in dtypes else found
+
+
+def config(
+    adapters: Sequence[Adapter], written: Sequence[Written], full: Sequence[str] = ()
+) -> dict[str, object]:
+    """A minimal PEFT config of the output.
+
+    Args:
+        adapters: the sources, whose base, task and orientation agree.
+        written: the modules.
+        full: names below PREFIX of tensors that are saved in full.
+    """
+    first = adapters[0].config
+    ranks = Counter(entry.rank for entry in written)
+    rank = max(ranks, key=lambda found: (ranks[found], found))
+    # Keys are regular expressions that have to match this module alone, however the base's classes are nested.
+    pattern = {
+        entry.module.name.replace(".", r"\."): entry.rank for entry in written if entry.rank != rank
+    }
+    stacked = [entry.module for entry in written if entry.module.kind == "experts"]
+    plain = sorted(entry.module.name for entry in written if entry.module.kind != "experts")
+    saved = sorted({key for key in first.saved for name in full if key in name.split(".")[:-1]})
+    found: dict[str, object] = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": first.base,
+        "task_type": first.raw.get("task_type"),
+        "revision": first.raw.get("revision"),
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": pattern,
+        "alpha_pattern": dict(pattern),
+        "use_rslora": False,
+        "use_dora": False,
+        "lora_dropout": 0.0,
+        "lora_bias": any(entry.bias for entry in written),
+        "bias": "none",
+        "fan_in_fan_out": first.transposed,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "target_modules": plain,
+        "modules_to_save": saved or None,
+    }
+    if stacked:
+        found["target_parameters"] = list(first.parameters)
+    return found
+
+
+def read_factors(
+    work: Work, module: Module, *, source: int, layout: str = "peft"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors with the scale folded in: B A is the change of the weight.
+
+    Args:
+        source: which of the run's sources holds the module.
+        layout: of stacked experts' second factor.
+
+    Returns:
+        A [E, r, n] and B [E, m, r], float64, each times the square root of |scale|; A carries its sign.
+    """
+    from . import packing
+
+    down, up = (
+        work.read(dataclasses.replace(region, source=source)).double()
+        for region in (module.down, module.up)
+    )
+    root = math.sqrt(abs(module.scale))
+    down_ERN = packing.unpack_down(down, module.experts) * math.copysign(root, module.scale)
+    return down_ERN, packing.unpack_up(up, module.experts, layout) * root
+
+
+def write_factors(
+    work: Work, written: Written, down_ERN: torch.Tensor, up_EMR: torch.Tensor
+) -> None:
+    """Write folded factors [E, r, n] and [E, m, r] of the planned rank."""
+    from . import packing
+
+    work.write(written.down, packing.pack_down(down_ERN, written.down.shape))
+    work.write(written.up, packing.pack_up(up_EMR, written.up.shape))
+
+
+def check_agreement(adapters: Sequence[Adapter]) -> None:
+    """Adapters that are combined belong to one base.
+
+    Raises:
+        InputError: two of them name different bases, tasks, orientations or parameters.
+    """
+    first = adapters[0]
+    for key in (
+        "base_model_name_or_path",
+        "revision",
+        "task_type",
+        "fan_in_fan_out",
+        "target_parameters",
+    ):
+        mine = first.config.raw.get(key)
+        for other in adapters[1:]:
+            found = other.config.raw.get(key)
+            if (found or None) != (mine or None):
+                raise InputError(
+                    f"{other.folder}: {key} is {found!r}, that of {first.folder} is {mine!r}",
+                    hint="adapters that are merged have to belong to one base model and task",
+                )
+
+
+def aligned(adapters: Sequence[Adapter]) -> Mapping[str, list[Module | None]]:
+    """Every module of any adapter with what each adapter has of it, sorted by name.
+
+    Raises:
+        InputError: two adapters hold different shapes for one module.
+    """
+    names = sorted({name for adapter in adapters for name in adapter.modules})
+    found: dict[str, list[Module | None]] = {}
+    for name in names:
+        row = [adapter.modules.get(name) for adapter in adapters]
+        shapes = {
+            module.shape: adapter for module, adapter in zip(row, adapters, strict=True) if module
+        }
+        if len(shapes) > 1:
+            (mine, first), (other, second) = list(shapes.items())[:2]
+            raise InputError(
+                f"{second.folder}: module {name} is {other}, in {first.folder} it is {mine}",
+                hint="adapters that are merged have to belong to one base model",
+            )
+        found[name] = row
+    return found

@@ -1,0 +1,68 @@
+"""What a run can start from: models and adapters, seen alike by everything that knows bytes and no method."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, Protocol
+
+from .adapters.adapter import Adapter
+from .architectures.model import Model
+from .checkpoint.formats import ADAPTER, MODEL, format_of
+from .checkpoint.reader import Checkpoint
+from .errors import InputError
+
+Takes = Literal["models", "adapters", "model and adapters"]
+"""What a method's sources are; ``model and adapters``: a model first, then adapters of it."""
+
+
+class Source(Protocol):
+    """An opened and validated folder. Holds no weight."""
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """Its config, tensors and files."""
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies."""
+
+    @property
+    def label(self) -> str:
+        """What reports call its kind: a ``model_type``, or ``adapter``."""
+
+
+def open_source(folder: Path) -> Source:
+    """Open a folder as what it is.
+
+    Raises:
+        InputError: naming the first thing that is wrong with it.
+    """
+    found = format_of(folder)
+    if found == ADAPTER:
+        return Adapter.open(folder)
+    if found == MODEL:
+        return Model.open(folder)
+    raise InputError(
+        f"{folder}: is a {found.name}, from which nothing can be made directly",
+        hint=f"take out what is in the {found.name} first",
+    )
+
+
+def kind_of(folders: Sequence[Path]) -> Takes:
+    """What sources are together, told from the names of their files.
+
+    Raises:
+        InputError: models and adapters in another order than a model first.
+    """
+    adapters = [format_of(folder) == ADAPTER for folder in folders]
+    if not any(adapters):
+        return "models"
+    if all(adapters):
+        return "adapters"
+    if not adapters[0] and all(adapters[1:]):
+        return "model and adapters"
+    first = folders[adapters.index(False)]
+    raise InputError(
+        f"{first}: is a model among adapters", hint="give the model first, then its adapters"
+    )
