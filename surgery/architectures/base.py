@@ -84,6 +84,7 @@ class MoE:
         rule: router semantics from the config.
         is_moe_layer: which decoder layers hold experts.
         shared: parameter shapes of shared experts of a layer, by name below the layer's prefix.
+        top_k_keys: config keys for the number of experts a token selects, the family's own first.
         fixed_count: why a stock checkpoint cannot have another number of routed experts; empty where it can.
     """
 
@@ -95,6 +96,7 @@ class MoE:
     shared: Callable[[Config], Shapes] = lambda config: {}
     stock: ExpertLayout = FUSED
     other_keys: Sequence[str] = ()
+    top_k_keys: Sequence[str] = ("num_experts_per_tok",)
     fixed_count: str = ""
 
     def experts(self, config: Config) -> int:

@@ -113,6 +113,7 @@ FAMILY = Family(
         expert_keys=("moe_num_experts",),
         other_keys=("num_experts",),
         width_key="moe_intermediate_size",
+        top_k_keys=("moe_k", "num_experts_per_tok"),
         rule=_rule,
         is_moe_layer=_is_moe_layer,
         shared=_shared,

@@ -78,6 +78,7 @@ FAMILY = Family(
         expert_keys=("num_experts",),
         other_keys=("num_local_experts",),
         width_key="intermediate_size",
+        top_k_keys=("moe_topk", "num_experts_per_tok"),
         rule=_rule,
         shared=_shared,
         stock=STOCK,

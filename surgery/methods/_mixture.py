@@ -93,6 +93,23 @@ def recounted(model: Model, count: int) -> dict[str, object]:
     return config
 
 
+def reselected(model: Model, config: dict[str, object], top_k: int) -> dict[str, object]:
+    """The config with another number of experts that a token selects.
+
+    Raises:
+        InputError: the family's classes select a number of their own.
+    """
+    if model.rule.top_k == top_k or model.family.moe is None:
+        return config
+    if model.rule.score == "sparsemixer":
+        raise InputError(f"{model.folder}: tokens of {model.family.model_type} always select two")
+    own, *others = model.family.moe.top_k_keys
+    found = config.get(own)
+    # HunYuan's may be a list, one number a layer.
+    changed: object = [top_k] * len(found) if isinstance(found, list) else top_k
+    return {**config, own: changed, **{key: top_k for key in others if key in config}}
+
+
 def prediction_notes(model: Model) -> list[str]:
     """What a report says of layers that predict further tokens, which pass through with all their experts."""
     extra = model.prediction_names()

@@ -43,7 +43,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "upcycle split": {"experts": 2},
     "upcycle virtual-groups": {"granularity": 2},
     "convert layout": {"layout": "fused"},
+    "expert add": {"copy": "1,4-5"},
     "expert drop": {"which": "1,4-5"},
+    "expert opt-out": {"which": "1,4-5"},
 }
 """Options without which a method does not start, or not on these sources."""
 

@@ -49,8 +49,13 @@ def specs(model: Model, layer: Layer, chosen: Sequence[int]) -> Iterator[TensorS
         yield TensorSpec(output.prefix + name, dtypes[output.prefix + name], shape)
 
 
-def moves(layer: Layer, chosen: Sequence[int | None]) -> Unit:
-    """A unit that moves the experts ``chosen``, with all that counts them, to their places; None leaves a place out."""
+def moves(layer: Layer, chosen: Sequence[int | None], *, routed: int | None = None) -> Unit:
+    """A unit that moves the experts ``chosen``, with all that counts them, to their places.
+
+    Args:
+        chosen: the original's expert for each place; None leaves a place out.
+        routed: how many places, from the first on, also get their entries of router and biases; None for all.
+    """
     experts, output = mixture(layer), resized(layer, len(chosen))
     found: list[tuple[Region, list[Region]]] = []
     # An expert that goes to several places is read once.
@@ -59,25 +64,31 @@ def moves(layer: Layer, chosen: Sequence[int | None]) -> Unit:
         if expert is not None:
             places.setdefault(expert, []).append(place)
     for expert, its in sorted(places.items()):
-        reads = blocks(experts, expert)
         writes = [blocks(output, place) for place in its]
+        reads = blocks(experts, expert)
         found.extend((read, [each[at] for each in writes]) for at, read in enumerate(reads))
+        kept = [place for place in its if routed is None or place < routed]
+        entries = [routing(output, place) for place in kept]
+        if kept:
+            reads = routing(experts, expert)
+            found.extend((read, [each[at] for each in entries]) for at, read in enumerate(reads))
     return copy_unit(f"layer.{layer.index}.experts", found, layer=layer.index)
 
 
 def blocks(experts: Experts, expert: int) -> list[Region]:
-    """Everything that belongs to one expert as contiguous stored blocks: its projections, however they lie inside
-    them, then its entries of router and biases.
-    """
+    """Everything of one expert as contiguous stored blocks, however its projections lie inside them."""
     layout = experts.layout
-    routing = layout.routing_shapes(experts.count, experts.hidden)
     if layout.kind == "per-expert":
-        own = list(experts.regions(expert).values())
-    else:
-        shapes = layout.shapes(experts.count, experts.hidden, experts.width)
-        own = [
-            Region(experts.prefix + name, shape).rows(expert, expert + 1)
-            for name, shape in shapes.items()
-            if name not in routing
-        ]
-    return own + [whole.rows(expert, expert + 1) for whole in experts.routing]
+        return list(experts.regions(expert).values())
+    counted = layout.routing_shapes(experts.count, experts.hidden)
+    shapes = layout.shapes(experts.count, experts.hidden, experts.width)
+    return [
+        Region(experts.prefix + name, shape).rows(expert, expert + 1)
+        for name, shape in shapes.items()
+        if name not in counted
+    ]
+
+
+def routing(experts: Experts, expert: int) -> list[Region]:
+    """An expert's entries of everything that decides the routing."""
+    return [whole.rows(expert, expert + 1) for whole in experts.routing]
