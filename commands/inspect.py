@@ -7,24 +7,32 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from . import inspect_analysis
 from . import options as shared
-from .output import emit, facts, in_bytes, in_number, table
+from .output import Reporter, emit, facts, in_bytes, in_number, table
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
 def inspect(
-    source: shared.Source, as_json: shared.Json = False, quiet: shared.Quiet = False
+    source: shared.Source,
+    calibration: shared.Calibration = None,
+    as_json: shared.Json = False,
+    quiet: shared.Quiet = False,
 ) -> None:
     """Tell family, sizes, experts and router of a checkpoint, and what can be done with it.
 
     Reads config and headers only, and checks them completely: every tensor the config promises is there, has
-    its shape, and no other is.
+    its shape, and no other is. With `--calibration`, statistics of its experts from `moesurg calibrate` tell how evenly
+    they are used, how alike they are in router rows, weights and outputs, which pairs would merge well, how long
+    routing stays with the same experts (with `calibrate --trace`), and how stable each pruning score is under half of
+    the text. This reads the experts' weights once.
     """
     from moesurg.surgery import inspection
 
-    record = inspection.inspect(source)
+    with Reporter(quiet=quiet) as progress:
+        record = inspection.inspect(source, calibration, progress)
     emit(record, as_json=as_json, human=lambda console: _show(console, record))
 
 
@@ -39,6 +47,8 @@ def _show(console: Console, record: dict[str, Any]) -> None:
     console.print(found)
     if "per_layer" in record:
         console.print(_layers(record["per_layer"]))
+    if "analysis" in record:
+        inspect_analysis.show(console, record["analysis"])
     if "provenance" in record:
         console.print("made by moesurg:")
         console.print(facts(_origin(record["provenance"])))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from . import methods
@@ -14,6 +15,7 @@ from .checkpoint.header import read_json
 from .checkpoint.hub import resolve
 from .checkpoint.reader import contained
 from .errors import InputError
+from .progress import Progress, Silent
 
 REPORT = "report.json"
 PROVENANCE = (
@@ -44,7 +46,9 @@ COMPONENTS = (
 """What parameters are counted under; ``other`` holds stored buffers and copies, which count in no total."""
 
 
-def inspect(source: str) -> dict[str, object]:
+def inspect(
+    source: str, calibration: Path | None = None, progress: Progress | None = None
+) -> dict[str, object]:
     """The facts of a checkpoint.
 
     Parameters active per token count the embedding and the head whole, as published figures do, and of the
@@ -52,6 +56,8 @@ def inspect(source: str) -> dict[str, object]:
 
     Args:
         source: a folder or a Hub id.
+        calibration: a statistics folder of this model, to say more of its experts; reads their weights, too.
+        progress: told of that reading.
 
     Raises:
         InputError: the checkpoint is bad or unsupported, as `Model.open` finds it.
@@ -93,6 +99,14 @@ def inspect(source: str) -> dict[str, object]:
         for method in methods.methods()
         if method.command == ("merge" if model.is_moe else "upcycle")
     ]
+    if calibration is not None:
+        # Only here: the rest needs neither numpy nor torch.
+        from .analysis import analyse
+        from .calibration.statistics import Statistics
+
+        if not model.is_moe:
+            raise InputError(f"{model.folder}: {model.family.model_type} has no experts to analyse")
+        record["analysis"] = analyse(model, Statistics.open(calibration), progress or Silent())
     provenance = _provenance(model)
     if provenance is not None:
         record["provenance"] = provenance

@@ -24,9 +24,10 @@ from ..checkpoint.reader import TensorReader
 from ..errors import InputError, MoesurgError, UsageError
 from .blocks import recast
 from .forward import STATES_IN_MEMORY, LayerStream, Step
+from .layer_statistics import HALVES, shape_of
 from .sequences import Batch, Sequences
 from .statistics import JSON_FILE, SCHEMA_VERSION, TENSOR_FILE
-from .sums import Sums
+from .sums import Sums, by_expert
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -91,6 +92,14 @@ class LayerCollector:
             Sums(facts.count, facts.hidden, all_experts=mode == "all", gram=gram, device=device)
             for _ in sequences.domains
         ]
+        self.halves: list[dict[str, torch.Tensor]] = [
+            {
+                name: torch.zeros(shape_of(name, facts.count, facts.hidden), dtype=torch.float64)
+                for name in HALVES
+            }
+            for _ in sequences.domains
+        ]
+        self._sequences_seen = [0] * len(sequences.domains)
         self.trace: list[torch.Tensor] | None = [] if trace else None
         self.inputs: list[torch.Tensor] = []
         self.batch: Batch | None = None
@@ -125,6 +134,7 @@ class LayerCollector:
         sums = self.sums[batch.domain]
         input_TD, index_TK = input_TD[real_T], index_TK[real_T]
         sums.add_routing(index_TK, weight_TK[real_T], norm_TK[real_T], logits_TE[real_T])
+        self._add_half(batch, index_TK, weight_TK[real_T], norm_TK[real_T])
         sums.add_inputs(input_TD)
         if self.mode == "all":
             weight_TE = logits_TE[real_T].float().sigmoid().to(input_TD.dtype)
@@ -141,6 +151,19 @@ class LayerCollector:
             self.inputs.append(input_TD[rows].float().cpu())
         self._logits_TE = None
 
+    def _add_half(
+        self, batch: Batch, index_TK: torch.Tensor, gate_TK: torch.Tensor, norm_TK: torch.Tensor
+    ) -> None:
+        """Every second sequence of a domain once more, by itself."""
+        begin = self._sequences_seen[batch.domain]
+        self._sequences_seen[batch.domain] += len(batch.lengths)
+        odd = (torch.arange(len(batch.lengths)) + begin) % 2 == 1
+        half_T = torch.repeat_interleave(odd, torch.tensor(batch.lengths))
+        index_TK, gate_TK, norm_TK = (each.cpu()[half_T] for each in (index_TK, gate_TK, norm_TK))
+        experts = self.sums[batch.domain].experts
+        for name, value in by_expert(index_TK, gate_TK.double(), norm_TK.double(), experts).items():
+            self.halves[batch.domain][name] += value
+
     def tensors(self, sequences: Sequences) -> dict[str, NDArray[np.generic]]:
         """The layer's arrays by their names in the file.
 
@@ -154,6 +177,9 @@ class LayerCollector:
                 raise not_finite(self.index, bad[1], f"{bad[0]} of domain {domain!r}")
             for name, value in sums.fields.items():
                 found[f"layers.{self.index}.{domain}.{name}"] = value.cpu().numpy()
+        for domain, half in zip(sequences.domains, self.halves, strict=True):
+            for name, value in half.items():
+                found[f"halves.{self.index}.{domain}.{name}"] = value.numpy()
         if self.trace is not None:
             experts = self.sums[0].experts
             kind = np.uint8 if experts <= 256 else np.uint16

@@ -47,6 +47,18 @@ ALL_EXPERT = (
 )
 OPTIONAL = ("input_gram_DD",)  # sum x x^T of the mixture's inputs
 MAXIMA = frozenset({"max_abs_E"})
+HALVES = (
+    "tokens",
+    "count_E",
+    "gate_E",
+    "gate2_E",
+    "norm_E",
+    "norm2_E",
+    "gate_norm_E",
+    "gate2_norm_E",
+    "gate2_norm2_E",
+)
+"""Fields that are also summed over every second sequence of a domain alone, to see how stable scores are."""
 
 
 def shape_of(field: str, experts: int, hidden: int) -> tuple[int, ...]:

@@ -11,12 +11,20 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from ..checkpoint.header import TensorInfo, read_header, read_json
 from ..checkpoint.reader import Checkpoint, contained, file_digest
 from ..errors import InputError
-from .layer_statistics import ALL_EXPERT, MAXIMA, OPTIONAL, ROUTED, LayerStatistics, shape_of
+from .layer_statistics import (
+    ALL_EXPERT,
+    HALVES,
+    MAXIMA,
+    OPTIONAL,
+    ROUTED,
+    LayerStatistics,
+    shape_of,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -127,6 +135,40 @@ class Statistics:
             found[field] = stacked.max(axis=0) if field in MAXIMA else stacked.sum(axis=0)
         tokens = float(found.pop("tokens"))
         return LayerStatistics(index, tokens, **found)
+
+    @property
+    def has_halves(self) -> bool:
+        """Whether sums over every second sequence were kept."""
+        return f"halves.{self.layers[0]}.{self.domains[0]}.tokens" in self._tensors
+
+    @property
+    def has_trace(self) -> bool:
+        """Whether the selections of every token were kept."""
+        return f"trace.{self.layers[0]}" in self._tensors
+
+    def half(self, index: int, which: Literal[0, 1]) -> LayerStatistics:
+        """One layer's sums by expert over one half of the sequences of all domains.
+
+        The fields that are not summed by halves hold NaN, so that nothing can be computed from them unnoticed.
+
+        Raises:
+            InputError: the folder has no halves.
+        """
+        import numpy as np
+
+        whole, found = self.layer(index), {}
+        for field in (*ROUTED, *ALL_EXPERT, *OPTIONAL):
+            found[field] = np.full(shape_of(field, self.experts, self.hidden), np.nan)
+        for field in HALVES:
+            names = [f"halves.{index}.{domain}.{field}" for domain in self.domains]
+            if names[0] not in self._tensors:
+                raise InputError(
+                    f"{self.folder}: has no sums over half of the text",
+                    hint="rerun moesurg calibrate with this version",
+                )
+            second = np.sum([self._read(self._info(name, field)) for name in names], axis=0)
+            found[field] = second if which else getattr(whole, field) - second
+        return LayerStatistics(index, float(found.pop("tokens")), **found)
 
     def inputs(self, layer: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Sampled inputs of a layer's mixture: rows [N, D] and their token ids [N], the same in all

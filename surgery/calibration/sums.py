@@ -18,6 +18,25 @@ GRAM_BYTES = 32 << 20
 """Most bytes of float64 outputs of all experts that are multiplied at a time."""
 
 
+def by_expert(
+    index_TK: torch.Tensor, g_TK: torch.Tensor, n_TK: torch.Tensor, experts: int
+) -> dict[str, torch.Tensor]:
+    """The fields of ``HALVES`` of some tokens, from float64 coefficients and output norms on the CPU."""
+    found = {"tokens": torch.tensor(float(len(index_TK)), dtype=torch.float64)}
+    for name, value_TK in (
+        ("count_E", torch.ones_like(g_TK)),
+        ("gate_E", g_TK),
+        ("gate2_E", g_TK**2),
+        ("norm_E", n_TK),
+        ("norm2_E", n_TK**2),
+        ("gate_norm_E", g_TK * n_TK),
+        ("gate2_norm_E", g_TK**2 * n_TK),
+        ("gate2_norm2_E", (g_TK * n_TK) ** 2),
+    ):
+        found[name] = torch.bincount(index_TK.flatten(), value_TK.flatten(), experts)
+    return found
+
+
 class Sums:
     """The fields of one layer and domain.
 
@@ -58,18 +77,8 @@ class Sums:
         logits_TE = logits_TE.double().cpu()
         ones_TK = torch.ones_like(g_TK)
         add, spread = self._add, self._scatter
-        add("tokens", torch.tensor(float(len(index_TK)), dtype=torch.float64))
-        for name, value_TK in (
-            ("count_E", ones_TK),
-            ("gate_E", g_TK),
-            ("gate2_E", g_TK**2),
-            ("norm_E", n_TK),
-            ("norm2_E", n_TK**2),
-            ("gate_norm_E", g_TK * n_TK),
-            ("gate2_norm_E", g_TK**2 * n_TK),
-            ("gate2_norm2_E", (g_TK * n_TK) ** 2),
-        ):
-            add(name, torch.bincount(index_TK.flatten(), value_TK.flatten(), self.experts))
+        for name, value in by_expert(index_TK, g_TK, n_TK, self.experts).items():
+            add(name, value)
         active_TE, activation_TE = spread(index_TK, ones_TK), spread(index_TK, g_TK * n_TK)
         add("pair_count_EE", active_TE.T @ active_TE)
         add("pair_activation_EE", activation_TE.T @ activation_TE)

@@ -23,7 +23,8 @@ from ._saliency import PROTECT, PROTECT_HELP, UNSEEN, UNSEEN_HELP, decide_by_sco
 
 if TYPE_CHECKING:
     from ...architectures.model import Model
-    from ...calibration.statistics import Statistics
+    from ...calibration.statistics import LayerStatistics, Statistics
+    from ._saliency import Scores
 
 INFO = MethodInfo(
     summary="drop the experts with the least summed router-weighted output norm",
@@ -41,6 +42,11 @@ class Options:
     power: int = option(1, "power of the weighted norm, 1 or 2", metavar="P")
     protect: str = option("none", PROTECT_HELP, choices=PROTECT)
     unseen: str = option("prune", UNSEEN_HELP, choices=UNSEEN)
+
+
+def score(layer: LayerStatistics) -> Scores:
+    """(b, alpha, beta) = (0, 1, 1)."""
+    return saliency(layer, mean=False, gate=1, norm=1)
 
 
 def plan(models: Sequence[Model], options: Options) -> Draft:
