@@ -133,7 +133,7 @@ def test_a_source_that_is_not_there_is_three(command: str, call_cli: Cli, tmp_pa
 def test_every_failure_has_its_code_and_its_sentence(
     monkeypatch: pytest.MonkeyPatch, call_cli: Cli, raised: BaseException, code: int
 ) -> None:
-    def fail(source: str) -> dict[str, object]:
+    def fail(*_: object) -> dict[str, object]:
         raise raised
 
     monkeypatch.setattr("moesurg.surgery.inspection.inspect", fail)
@@ -151,7 +151,7 @@ def test_every_failure_has_its_code_and_its_sentence(
 def test_an_error_is_one_line_with_markup_as_text(
     monkeypatch: pytest.MonkeyPatch, call_cli: Cli
 ) -> None:
-    def fail(source: str) -> dict[str, object]:
+    def fail(*_: object) -> dict[str, object]:
         raise InputError("shape [2, 3]\nis not [bold]", hint="look at [red]x[/red]")
 
     monkeypatch.setattr("moesurg.surgery.inspection.inspect", fail)
@@ -208,7 +208,7 @@ def test_ctrl_c_before_any_work_is_130() -> None:
     script = (
         "import os, signal, sys\n"
         "import moesurg.surgery.inspection as inspection\n"
-        "inspection.inspect = lambda source: os.kill(os.getpid(), signal.SIGINT)\n"
+        "inspection.inspect = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n"
         "from moesurg.commands.app import main\n"
         "sys.exit(main(['inspect', 'x']))\n"
     )
