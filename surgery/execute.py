@@ -212,7 +212,7 @@ class Work:
                 f"unit {self.unit.id}: writes {tuple(tensor.shape)} to {region}, which is not planned"
             )
         cast = self.stored(region, tensor)
-        flat = cast.contiguous().view(torch.uint8).reshape(-1).numpy().data
+        flat = cast.contiguous().reshape(-1).view(torch.uint8).numpy().data
         if first_non_finite(flat, self._runner.specs[region.tensor].dtype) is not None:
             raise InputError(
                 f"unit {self.unit.id}: the result for {region.tensor!r} is not finite in "
@@ -263,7 +263,7 @@ class Work:
 
         size = cast.element_size()
         if region.contiguous:
-            data = cast.contiguous().view(torch.uint8).reshape(-1).numpy().data
+            data = cast.contiguous().reshape(-1).view(torch.uint8).numpy().data
             self._runner.writer.write(region.tensor, data, offset=region.offset * size)
             return
         # Strided parts of one window (gate and up of an expert, say) wait for each other in memory.

@@ -16,10 +16,16 @@ import transformers
 # Imports of this form are those that transformers follows when it copies a folder's code.
 from .moesurg_linears import KEY as LINEARS
 from .moesurg_linears import apply as apply_linears
+from .moesurg_lowrank_experts import KEY as LOWRANK_EXPERTS
+from .moesurg_lowrank_experts import apply as apply_lowrank_experts
 from .moesurg_mixtures import KEY as MIXTURES
 from .moesurg_mixtures import apply as apply_mixtures
 
-PARTS = ((MIXTURES, apply_mixtures), (LINEARS, apply_linears))
+PARTS = (
+    (MIXTURES, apply_mixtures),
+    (LOWRANK_EXPERTS, apply_lowrank_experts),
+    (LINEARS, apply_linears),
+)
 """Key in the config and function of every part, in the order in which they change a model."""
 
 

@@ -45,6 +45,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "convert layout": {"layout": "fused"},
     "expert add": {"copy": "1,4-5"},
     "expert drop": {"which": "1,4-5"},
+    "expert lowrank": {"rank": "1-5:3;6:full"},
     "expert opt-out": {"which": "1,4-5"},
 }
 """Options without which a method does not start, or not on these sources."""

@@ -49,8 +49,8 @@ def specs(model: Model, layer: Layer, chosen: Sequence[int]) -> Iterator[TensorS
         yield TensorSpec(output.prefix + name, dtypes[output.prefix + name], shape)
 
 
-def moves(layer: Layer, chosen: Sequence[int | None], *, routed: int | None = None) -> Unit:
-    """A unit that moves the experts ``chosen``, with all that counts them, to their places.
+def moves(layer: Layer, chosen: Sequence[int | None], *, routed: int | None = None) -> list[Unit]:
+    """The unit, if there is anything to do, that moves the experts ``chosen`` with all that counts them.
 
     Args:
         chosen: the original's expert for each place; None leaves a place out.
@@ -72,7 +72,8 @@ def moves(layer: Layer, chosen: Sequence[int | None], *, routed: int | None = No
         if kept:
             reads = routing(experts, expert)
             found.extend((read, [each[at] for each in entries]) for at, read in enumerate(reads))
-    return copy_unit(f"layer.{layer.index}.experts", found, layer=layer.index)
+    name = f"layer.{layer.index}.experts"
+    return [copy_unit(name, found, layer=layer.index)] if found else []
 
 
 def blocks(experts: Experts, expert: int) -> list[Region]:

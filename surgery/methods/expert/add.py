@@ -142,7 +142,7 @@ def _units(
     first = experts.count + len(copied)
     output = resized(layer, first + len(dense))
     places = [*range(experts.count), *copied, *(None for _ in dense)]
-    yield moves(layer, places, routed=experts.count)
+    yield from moves(layer, places, routed=experts.count)
     bias = barring(output)
     yield Unit(
         f"layer.{layer.index}.rows",

@@ -55,7 +55,7 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
     tensors, units = replaced(
         model,
         lambda layer: specs(model, layer, kept[layer.index]),
-        lambda layer: [moves(layer, kept[layer.index])],
+        lambda layer: moves(layer, kept[layer.index]),
     )
     return Draft(
         recounted(model, count),

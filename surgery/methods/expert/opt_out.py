@@ -72,7 +72,7 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
         )
     check_counts(model.experts, len(kept), top_k, groups, where=str(model.folder))
     tensors, units = replaced(
-        model, lambda layer: specs(model, layer, kept), lambda layer: [moves(layer, kept)]
+        model, lambda layer: specs(model, layer, kept), lambda layer: moves(layer, kept)
     )
     notes = prediction_notes(model)
     if top_k < model.rule.top_k:
