@@ -37,6 +37,11 @@ NEVER = {"F16": -6e4}
 """A bias that no score comes near, where -1e9 is out of range."""
 
 
+def never(dtype: str) -> float:
+    """The bias of an expert that no token selects, in a stored type."""
+    return NEVER.get(dtype, -1e9)
+
+
 @dataclasses.dataclass(frozen=True)
 class Stored:
     """One layer's mixture in the output.
@@ -227,7 +232,7 @@ def ragged(
             )
     if tier == "auto" and len(set(counts.values())) == 1:
         return uniform(model, next(iter(counts.values())))
-    reason = _why_not_padded(model)
+    reason = why_not_padded(model)
     if tier == "padded" and reason:
         raise InputError(
             f"{model.folder}: {model.family.model_type} cannot be padded exactly: {reason}",
@@ -273,8 +278,13 @@ def mapped(model: Model, counts: Mapping[int, int]) -> Form:
     )
 
 
-def _why_not_padded(model: Model) -> str:
-    """Why experts of zeros would change the function; empty where they would not."""
+def why_not_padded(model: Model) -> str:
+    """Why experts that no token selects would change the function; empty where they would not.
+
+    A bias for the selection alone leaves weights as they are if scores do not depend on each other (sigmoid); a
+    bias on the logits does where weights are a softmax of the selected ones only. In a softmax over all experts
+    a further row takes mass even from where nobody selects it.
+    """
     layout, score = model.layout, model.rule.score
     if layout is None:
         return "it has no experts"
@@ -296,7 +306,7 @@ def pad(work: Work, stored: Stored, experts: Experts) -> None:
     for region in stored.padding(experts):
         value = 0.0
         if barred is not None and region.tensor == barred.tensor:
-            value = NEVER.get(work.model.dtype(_read_name(experts, output, region)), -1e9)
+            value = never(work.model.dtype(_read_name(experts, output, region)))
         work.write(region, torch.full(region.shape, value))
 
 

@@ -20,9 +20,12 @@ from .moesurg_lowrank_experts import KEY as LOWRANK_EXPERTS
 from .moesurg_lowrank_experts import apply as apply_lowrank_experts
 from .moesurg_mixtures import KEY as MIXTURES
 from .moesurg_mixtures import apply as apply_mixtures
+from .moesurg_null_experts import KEY as NULL_EXPERTS
+from .moesurg_null_experts import apply as apply_null_experts
 
 PARTS = (
     (MIXTURES, apply_mixtures),
+    (NULL_EXPERTS, apply_null_experts),
     (LOWRANK_EXPERTS, apply_lowrank_experts),
     (LINEARS, apply_linears),
 )

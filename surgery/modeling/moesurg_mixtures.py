@@ -31,7 +31,7 @@ def _mapped(stock: Any) -> type:
     return type("Mapped" + stock.__name__, (stock,), {"__module__": __name__, "forward": forward})
 
 
-def _resize(layer: nn.Module, name: str, before: int, count: int) -> None:
+def resize(layer: nn.Module, name: str, before: int, count: int) -> None:
     """Give a parameter or buffer that has one entry per expert another number of entries."""
     place, _, leaf = name.rpartition(".")
     owner = layer.get_submodule(place)
@@ -75,7 +75,7 @@ def apply(body: Any, config: Any) -> None:
         if count < 1 or (entry["mapped"] and count > before):
             raise ValueError(f"config.json: layer {index} cannot have {count} experts")
         for name in entry["experts"] if entry["mapped"] else (*entry["router"], *entry["experts"]):
-            _resize(layer, name, before, count)
+            resize(layer, name, before, count)
         if entry["mapped"]:
             experts.register_buffer(ROW_MAP, torch.arange(before, dtype=torch.int32) % count)
             kind: Any = type(experts)

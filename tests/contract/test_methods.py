@@ -35,6 +35,7 @@ SOURCES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "upcycle bam-fixed": [("llama", BF16), ("llama", {**BF16, "seed": 1})],
     "upcycle btx": [("llama", BF16), ("llama", {**BF16, "seed": 1})],
     "compress": [("llama", BF16)],
+    "expert pad": [("minimax_m2", BF16)],
     "convert": [("qwen3_moe", BF16)],
     "expert": [("qwen3_moe", BF16)],
 }
@@ -46,6 +47,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "expert add": {"copy": "1,4-5"},
     "expert drop": {"which": "1,4-5"},
     "expert lowrank": {"rank": "1-5:3;6:full"},
+    "expert null": {"zero": 2, "copy": 1, "constant": 2},
+    "expert pad": {"experts": 12},
     "expert opt-out": {"which": "1,4-5"},
 }
 """Options without which a method does not start, or not on these sources."""

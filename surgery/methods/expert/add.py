@@ -32,7 +32,7 @@ from ...plan import Unit
 from ...vocabulary import same_vocabulary
 from .._mixture import mixture, one_mixture, prediction_notes, recounted, replaced, reselected
 from ..base import Draft, Exactness, MethodInfo, option
-from ._bar import barred_value, barring, why_not_barred
+from ._rows import check_rows, rows_unit, write_rows
 from ._slots import moves, resized, specs
 from ._which import parse_numbers
 
@@ -107,32 +107,11 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
 
 def transform(work: Work) -> dict[str, object]:
     """Write new rows of the router, or an expert from a dense model."""
-    import torch
-
     if work.params["part"] == "dense":
         for source, target in zip(work.unit.reads, work.unit.writes, strict=True):
             work.write(target, work.read(source))
         return {}
-    rows, *biases = work.unit.writes
-    kind, taken = work.params["rows"], work.params["taken"]
-    drawn = work.rng("rows", work.layer).standard_normal(rows.shape, dtype="float32")
-    values = torch.from_numpy(drawn) * work.params["std"]
-    if kind == "zero":
-        values.zero_()
-    reads = work.unit.reads
-    if kind == "copy" and taken:
-        values[: len(taken)] = work.read(reads[0]).float()[taken]
-    work.write(rows, values)
-    barred = work.params["barred"]
-    for region in biases:
-        entries = torch.zeros(region.shape)
-        if kind == "copy" and taken:
-            source = next(read for read in reads if read.tensor == region.tensor)
-            entries[: len(taken)] = work.read(source).float()[taken]
-        if region.tensor == barred:
-            entries.fill_(barred_value(work.model.dtype(region.tensor)))
-        work.write(region, entries)
-    return {}
+    return write_rows(work)
 
 
 def _units(
@@ -143,21 +122,13 @@ def _units(
     output = resized(layer, first + len(dense))
     places = [*range(experts.count), *copied, *(None for _ in dense)]
     yield from moves(layer, places, routed=experts.count)
-    bias = barring(output)
-    yield Unit(
-        f"layer.{layer.index}.rows",
-        "transform",
-        layer.index,
-        reads=tuple(experts.routing),
-        writes=tuple(region.rows(experts.count, output.count) for region in output.routing),
-        params={
-            "part": "rows",
-            "rows": options.rows,
-            "taken": list(copied),
-            "std": options.std,
-            "barred": bias.tensor if options.barred and bias is not None else "",
-        },
-        memory=16 * output.count * experts.hidden,
+    yield rows_unit(
+        layer,
+        output,
+        kind=options.rows,
+        std=options.std,
+        barred=options.barred,
+        taken=copied,
     )
     for number, model in enumerate(dense):
         ffn = model.layers[layer.index].ffn
@@ -182,16 +153,7 @@ def _check(model: Model, dense: Sequence[Model], copied: Sequence[int], options:
             raise UsageError(
                 f"--copy: there is no expert {expert}, the last is {model.experts - 1}"
             )
-    if not options.std > 0:
-        raise UsageError(f"--std should be above 0, is {options.std}")
-    if model.rule.groups > 1:
-        raise InputError(
-            f"{model.folder}: the router selects within {model.rule.groups} groups of experts, which further ones "
-            "would shift"
-        )
-    reason = why_not_barred(model)
-    if options.barred and reason:
-        raise InputError(f"{model.folder}: new experts cannot be barred: {reason}")
+    check_rows(model, options.std, barred=options.barred)
 
 
 def _check_dense(model: Model, other: Model) -> list[str]:

@@ -5,27 +5,30 @@ entry of anything else that counts experts are moved byte for byte, in their ori
 original's with the dropped experts' logits at minus infinity before the softmax: tokens that would have selected one
 take their next best, and where a family does not renormalise its weights, those of the kept experts grow.
 
-Stock classes have one number of experts for all layers, so that every layer has to lose equally many. A router that
-selects within groups of experts has to lose equally many in each group. ``prune`` chooses experts by itself; this
-is for those who know which.
+Where layers lose different numbers, the output is padded if the router has a bias that makes padding exact, and has
+model code of ours otherwise. A router that selects within groups of experts has to lose equally many in each
+group of every layer. ``prune`` chooses experts by itself; this is for those who know which.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from ...errors import InputError
-from .._mixture import one_mixture, prediction_notes, recounted, replaced
-from ..base import Draft, Exactness, MethodInfo, required
-from ..prune._keep import check_counts, groups_of, members
-from ._slots import moves, specs
+from .._mixture import one_mixture
+from ..base import Draft, MethodInfo, required
+from ..prune._keep import groups_of, members
+from ..prune._prune import plan_prune, transform_prune
 from ._which import GRAMMAR, parse_which
 
 if TYPE_CHECKING:
     from ...architectures.model import Model
-    from ...execute import Work
+    from ...calibration.statistics import Statistics
+    from ...weights import Weights
+
+__all__ = ["INFO", "Options", "decide_from_weights", "plan", "transform"]
 
 INFO = MethodInfo(
     summary="drop the experts that are named",
@@ -47,50 +50,39 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
 
     Raises:
         UsageError: a list that cannot be read, or that names what is not there.
-        InputError: no mixture, layers or groups that would lose different numbers, or too few experts left.
+        InputError: no mixture, groups that would lose different numbers, or too few experts left.
     """
     model = one_mixture(models, "dropping", "drop")
-    kept = kept_by_layer(model, parse_which(options.which, "--which", model))
-    count = len(next(iter(kept.values())))
-    tensors, units = replaced(
-        model,
-        lambda layer: specs(model, layer, kept[layer.index]),
-        lambda layer: moves(layer, kept[layer.index]),
-    )
-    return Draft(
-        recounted(model, count),
-        tensors,
-        units,
-        Exactness("approximate", "tokens of dropped experts go to others"),
-        notes=prediction_notes(model),
-    )
+    kept = _kept(model, options)
+    _check_groups(model, kept)
+    counts = {index: len(stay) for index, stay in kept.items()}
+    first = next(iter(counts.values()))
+    if len(set(counts.values())) == 1:
+        return plan_prune(models, first)
+    return plan_prune(models, first, counts=counts)
 
 
-def transform(work: Work) -> dict[str, object]:
-    """Nothing: every unit moves bytes."""
-    return {}
+def decide_from_weights(
+    model: Model, options: Options, statistics: Statistics | None, weights: Weights, seed: int
+) -> dict[str, Any]:
+    """What the user decided."""
+    return {str(index): {"kept": stay} for index, stay in _kept(model, options).items()}
 
 
-def kept_by_layer(model: Model, dropped: dict[int, list[int]]) -> dict[int, list[int]]:
-    """The experts that stay in each layer, ascending.
+transform = transform_prune
 
-    Raises:
-        InputError: layers or groups keep different numbers, or fewer than the router needs.
-    """
-    kept = {
-        index: [expert for expert in range(model.experts) if expert not in set(gone)]
+
+def _kept(model: Model, options: Options) -> dict[int, list[int]]:
+    """The experts that stay in each layer, ascending."""
+    dropped = parse_which(options.which, "--which", model)
+    return {
+        index: [expert for expert in range(model.experts) if expert not in gone]
         for index, gone in dropped.items()
     }
-    first, *others = kept
-    for index in others:
-        if len(kept[index]) != len(kept[first]):
-            raise InputError(
-                f"{model.folder}: layer {first} would keep {len(kept[first])} experts and layer {index} "
-                f"{len(kept[index])}; stock classes have one number for all layers",
-                hint="drop equally many in every layer",
-            )
-    groups, where = groups_of(model), str(model.folder)
-    check_counts(model.experts, len(kept[first]), model.rule.top_k, groups, where=where)
+
+
+def _check_groups(model: Model, kept: Mapping[int, Sequence[int]]) -> None:
+    groups = groups_of(model)
     for index, stay in kept.items():
         sizes = [
             sum(expert in group for expert in stay)
@@ -102,4 +94,3 @@ def kept_by_layer(model: Model, dropped: dict[int, list[int]]) -> dict[int, list
                 "its router",
                 hint="drop equally many in every group",
             )
-    return kept
