@@ -1,11 +1,13 @@
-"""``moesurg merge``: fewer experts from many."""
+"""``moesurg merge``: fewer experts from many, or one model from several."""
 
 import typer
 
 from .method_command import MethodCommand
 from .operate import operate
 
-HELP = """Merge the experts of a mixture into fewer.
+HELP = """Merge the experts of one mixture into fewer, or several models into one.
+
+Methods for several models take models of one shape; those that merge changes take the base first: `merge BASE A B`.
 
 Add `--method NAME` to see what that method computes and its own options.
 """

@@ -20,7 +20,7 @@ FOLDERS = {
     "compress": ("compress",),
     "convert": ("convert",),
     "expert": ("expert",),
-    "merge": ("experts", "adapters"),
+    "merge": ("experts", "models", "adapters"),
     "prune": ("prune",),
     "upcycle": ("upcycle",),
 }

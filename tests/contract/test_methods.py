@@ -28,12 +28,26 @@ ADAPTERS: list[tuple[str, dict[str, Any]]] = [
     ("adapter", {"dtype": "bfloat16", "seed": 0}),
     ("adapter", {"dtype": "bfloat16", "seed": 1, "use_rslora": True}),
 ]
+TWO = [("llama", BF16), ("llama", {**BF16, "seed": 1})]
+THREE = [*TWO, ("llama", {**BF16, "seed": 2})]
 SOURCES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "upcycle": [("llama", BF16)],
     "merge": [("qwen3_moe", BF16)],
     "prune": [("qwen3_moe", BF16)],
     "upcycle bam-fixed": [("llama", BF16), ("llama", {**BF16, "seed": 1})],
     "upcycle btx": [("llama", BF16), ("llama", {**BF16, "seed": 1})],
+    "merge breadcrumbs": THREE,
+    "merge dare": THREE,
+    "merge della": THREE,
+    "merge iso-c": THREE,
+    "merge karcher": THREE,
+    "merge linear": TWO,
+    "merge model-stock": THREE,
+    "merge sce": THREE,
+    "merge slerp": TWO,
+    "merge task-arithmetic": TWO,
+    "merge ties": THREE,
+    "merge tsv-m": THREE,
     "compress": [("llama", BF16)],
     "expert pad": [("minimax_m2", BF16)],
     "convert": [("qwen3_moe", BF16)],

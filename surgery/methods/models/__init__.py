@@ -1,0 +1,1 @@
+"""Merging models of one shape into one."""

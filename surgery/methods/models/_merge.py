@@ -1,0 +1,327 @@
+"""What all ways of merging models share: are they alike, the planned output, blocks of a tensor, weights.
+
+A unit is a tensor, or all matrices of one expert where a rule looks at matrices. A tensor is read in blocks of
+rows, once or, where the rule has to know something of the whole tensor first, several times, so that a unit's
+memory is that of a block. Sums are in float64 where a source stores 32 bits or more, in float32 otherwise, and are
+rounded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from ...checkpoint.dtypes import FLOATING
+from ...checkpoint.layout import TensorSpec
+from ...checkpoint.region import Region
+from ...errors import InputError, UsageError
+from ...plan import Unit, copy_unit
+from ...vocabulary import same_vocabulary
+from .._alike import same_settings, same_tensors
+from ..base import Draft, Exactness, option
+
+if TYPE_CHECKING:
+    import torch
+
+    from ...architectures.model import Layer, Model
+    from ...execute import Work
+    from ...linalg.selection import Cut
+
+BLOCK = 1 << 20
+"""Elements of each source that are held at a time."""
+WIDTHS = ("F16", "BF16", "F32", "F64")
+"""Types from narrow to wide."""
+BASED = "a base model first, then one or more models fine-tuned from it"
+"""The inputs of methods that merge changes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeOptions:
+    """What the user chooses for every merge of models."""
+
+    weights: str | None = option(
+        None,
+        "comma-separated weight of each model (not of the base, where a method has one)",
+        metavar="W,W,...",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChangeOptions(MergeOptions):
+    """What the user chooses for every merge of changes against a base."""
+
+    scale: float = option(1.0, "factor of the merged change before it is added to the base")
+
+
+def parse_weights(text: str | None, count: int) -> list[float]:
+    """The weight of each model, 1 by default.
+
+    Raises:
+        UsageError: not finite numbers, or not one a model.
+    """
+    if text is None:
+        return [1.0] * count
+    try:
+        found = [float(word) for word in text.split(",")]
+    except ValueError:
+        raise UsageError(f"--weights {text!r} should be numbers separated by commas") from None
+    if len(found) != count:
+        raise UsageError(
+            f"--weights gives {len(found)} numbers for {count} models",
+            hint="methods that merge changes take the base first, and it has no weight",
+        )
+    if not all(abs(value) < float("inf") for value in found):
+        raise UsageError(f"--weights {text!r} should be finite")
+    return found
+
+
+def shares(weights: Sequence[float]) -> list[float]:
+    """Weights with the sum 1.
+
+    Raises:
+        UsageError: their sum is zero.
+    """
+    total = sum(weights)
+    if not total:
+        raise UsageError("--weights have the sum 0, so they cannot be normalised")
+    return [weight / total for weight in weights]
+
+
+def check_share(name: str, value: float, *, zero: bool = False) -> None:
+    """Refuse what is no share of one.
+
+    Raises:
+        UsageError: naming the option.
+    """
+    if not (0 <= value <= 1) or (value == 0 and not zero):
+        raise UsageError(f"--{name} {value} should be above 0 and at most 1")
+
+
+def check(models: Sequence[Model], *, least: int, based: bool) -> list[str]:
+    """Refuse models that are not branches of one seed; returns what could not be compared.
+
+    Raises:
+        InputError: too few models, or what differs.
+    """
+    if len(models) < least:
+        what = f"the base model and {least - 1} or more" if based else f"{least} or more models"
+        raise InputError(
+            f"{what} are merged, {len(models)} given in all",
+            hint="the first source is the base" if based else None,
+        )
+    notes = []
+    for model in models[1:]:
+        same_settings(models[0], model)
+        same_tensors(models[0], model, types=False)
+        note = same_vocabulary(models[0].folder, model.folder)
+        if note is not None:
+            notes.append(note)
+    if based:
+        notes.append(f"the base is {models[0].folder.name}")
+    return notes
+
+
+def widest(dtypes: Sequence[str]) -> str:
+    """The narrowest type that holds values of all of these; F16 and BF16 together need F32."""
+    found = max(dtypes, key=WIDTHS.index)
+    return "F32" if found == "BF16" and "F16" in dtypes else found
+
+
+def plan_merge(
+    models: Sequence[Model],
+    params: Mapping[str, Any],
+    *,
+    exactness: Exactness,
+    notes: Sequence[str],
+    tensors: int = 4,
+    matrices: Callable[[str], bool] | None = None,
+) -> Draft:
+    """One unit for every tensor, or for every expert if the method looks at matrices.
+
+    Args:
+        models: checked sources.
+        params: of every unit.
+        tensors: copies of one source's block that a unit holds beside a copy of every source's.
+        matrices: for methods that need whole matrices: whether a tensor of two dimensions is one to them.
+    """
+    first = models[0]
+    names = [n for n in first.names() if not (first.config.tied and n == first.family.head)]
+    specs: list[TensorSpec] = []
+    units: list[Unit] = []
+    done: set[str] = set()
+    held = len(models) + tensors
+    if matrices is not None:
+        for layer in first.moe_layers:
+            made = _expert_units(layer, len(models), params, held)
+            units.extend(made)
+            done.update(region.tensor for unit in made for region in unit.writes)
+    layer_of = {name: layer.index for layer in first.layers for name in layer.names}
+    for name in names:
+        whole, index = first.whole(name), layer_of.get(name)
+        dtypes = [model.dtype(name) for model in models]
+        if not set(dtypes) <= FLOATING:
+            specs.append(TensorSpec(name, dtypes[0], whole.shape))
+            units.append(copy_unit(f"copy.{name}", [(whole, [whole])], layer=index))
+            continue
+        specs.append(TensorSpec(name, widest(dtypes), whole.shape))
+        if name in done:
+            continue
+        matrix = matrices is not None and len(whole.shape) == 2 and matrices(name)
+        writes = (whole,) if matrix else blocks_of(whole)
+        largest = max(region.count for region in writes)
+        units.append(
+            Unit(
+                f"merge.{name}",
+                "transform",
+                index,
+                reads=tuple(replace(whole, source=source) for source in range(len(models))),
+                writes=writes,
+                params={**params, "matrix": matrix},
+                memory=8 * held * largest + (1 << 20),
+            )
+        )
+    config = dict(first.checkpoint.config)
+    stored = next(spec.dtype for spec in specs if spec.name == first.family.embedding)
+    for key in ("dtype", "torch_dtype"):
+        if key in config:
+            config[key] = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}.get(
+                stored, "float64"
+            )
+    return Draft(config, specs, units, exactness, notes=list(notes))
+
+
+def blocks_of(whole: Region) -> tuple[Region, ...]:
+    """A tensor cut into runs of whole rows."""
+    rows = whole.shape[0] if whole.shape else 1
+    step = max(1, BLOCK * rows // max(1, whole.count))
+    if step >= rows:
+        return (whole,)
+    return tuple(whole.rows(start, min(rows, start + step)) for start in range(0, rows, step))
+
+
+def _expert_units(layer: Layer, sources: int, params: Mapping[str, Any], held: int) -> list[Unit]:
+    """A unit for every expert, so that parts that are stored interleaved meet in one unit."""
+    if layer.experts is None:
+        return []
+    units = []
+    for expert in range(layer.experts.count):
+        regions = tuple(layer.experts.regions(expert).values())
+        units.append(
+            Unit(
+                f"merge.{layer.index}.expert.{expert}",
+                "transform",
+                layer.index,
+                reads=tuple(replace(r, source=s) for r in regions for s in range(sources)),
+                writes=regions,
+                params={**params, "matrix": True},
+                memory=8 * (held + 2) * max(region.count for region in regions),
+            )
+        )
+    return units
+
+
+@dataclass(frozen=True)
+class Block:
+    """One run of rows of a tensor.
+
+    Attributes:
+        index: which.
+        target: what it writes.
+        base: the first source's values, where the method has a base.
+        tensors: the changes from the base, or the values themselves; one a model.
+    """
+
+    index: int
+    target: Region
+    base: torch.Tensor | None
+    tensors: list[torch.Tensor]
+
+
+class Blocks:
+    """The blocks of a unit's tensor. Every loop reads them anew; a single block is kept."""
+
+    def __init__(self, work: Work, *, based: bool) -> None:
+        import torch
+
+        self._work, self._based = work, based
+        stored = {model.dtype(work.unit.writes[0].tensor) for model in work.models}
+        self.dtype = torch.float64 if stored & {"F32", "F64"} else torch.float32
+        self._kept: Block | None = None
+
+    def __iter__(self) -> Iterator[Block]:
+        regions = self._work.unit.writes
+        for index, region in enumerate(regions):
+            yield self._kept or self._read(index, region, keep=len(regions) == 1)
+
+    def values(
+        self, function: Callable[[Block], torch.Tensor]
+    ) -> Callable[[], Iterator[torch.Tensor]]:
+        """A function of every block, computed anew whenever it is looped over."""
+        return lambda: (function(block) for block in self)
+
+    @property
+    def count(self) -> int:
+        """Elements of the tensor."""
+        return sum(region.count for region in self._work.unit.writes)
+
+    def read(self, region: Region) -> list[torch.Tensor]:
+        """A region of every source."""
+        return [
+            self._work.read(replace(region, source=source)).to(self.dtype)
+            for source in range(len(self._work.models))
+        ]
+
+    def _read(self, index: int, region: Region, *, keep: bool) -> Block:
+        found = self.read(region)
+        base = found.pop(0) if self._based else None
+        if base is not None:
+            found = [
+                tensor.sub_(base) if tensor.dtype == self.dtype else tensor for tensor in found
+            ]
+        block = Block(index, region, base, found)
+        if keep:
+            self._kept = block
+        return block
+
+
+def gram(blocks: Blocks) -> torch.Tensor:
+    """Inner products of the sources' tensors (or changes), [T, T] float64."""
+    import torch
+
+    total: torch.Tensor | None = None
+    for block in blocks:
+        flat = torch.stack([tensor.reshape(-1) for tensor in block.tensors]).double()
+        total = flat @ flat.T if total is None else total + flat @ flat.T
+    if total is None:
+        raise InputError("a tensor without elements cannot be merged")
+    return total
+
+
+def largest(blocks: Blocks, sources: int, count: int) -> list[Cut]:
+    """Where the ``count`` largest magnitudes of each source end."""
+    from ...linalg.selection import kth_largest
+
+    def magnitude(source: int) -> Callable[[Block], torch.Tensor]:
+        return lambda block: block.tensors[source].abs()
+
+    return [
+        kth_largest(blocks.values(magnitude(source)), blocks.count, count)
+        for source in range(sources)
+    ]
+
+
+def combine(work: Work, blocks: Blocks, coefficients: Sequence[float], scale: float = 1.0) -> None:
+    """Write the combination of the sources, or the base and the combination of the changes."""
+    from ...linalg.merge_rules import weighted_sum
+
+    scaled = [coefficient * scale for coefficient in coefficients]
+    for block in blocks:
+        put(work, block, weighted_sum(block.tensors, scaled))
+
+
+def put(work: Work, block: Block, merged: torch.Tensor, scale: float = 1.0) -> None:
+    """Write a block: the merged tensor, or base plus scale times the merged change."""
+    if block.base is not None:
+        merged = block.base.add(merged, alpha=scale)
+    work.write(block.target, merged)

@@ -1,0 +1,56 @@
+"""The weighted mean of models: theta = sum_i w_i theta_i, with the weights normalised to the sum 1.
+
+Model soups (arXiv:2203.05482). Every tensor is averaged, sums are in float64 for models stored in 32 bits and in
+float32 for others, and rounded once to the widest type among the models. A model given several times gives itself.
+
+Weights may be negative as long as their sum is not zero. ``--no-normalize`` keeps them as they are, so that their
+sum may be anything; mergekit's ``linear`` has the same switch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..base import Draft, Exactness, MethodInfo, option
+from . import _merge as common
+
+if TYPE_CHECKING:
+    from ...architectures.model import Model
+    from ...execute import Work
+
+INFO = MethodInfo(
+    summary="weighted mean of models",
+    paper="arXiv:2203.05482",
+    inputs="two or more models of one shape",
+    data="none",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(common.MergeOptions):
+    """What the user chooses."""
+
+    normalize: bool = option(True, "whether weights are divided by their sum")
+
+
+def plan(models: Sequence[Model], options: Options) -> Draft:
+    """Every tensor as the weighted sum."""
+    notes = common.check(models, least=2, based=False)
+    weights = common.parse_weights(options.weights, len(models))
+    if options.normalize:
+        weights = common.shares(weights)
+    return common.plan_merge(
+        models,
+        {"weights": weights},
+        exactness=Exactness("approximate", "the output is an average of several models"),
+        notes=notes,
+        tensors=2,
+    )
+
+
+def transform(work: Work) -> dict[str, object]:
+    """Write one tensor."""
+    common.combine(work, common.Blocks(work, based=False), work.params["weights"])
+    return {}
