@@ -22,11 +22,14 @@ from .moesurg_mixtures import KEY as MIXTURES
 from .moesurg_mixtures import apply as apply_mixtures
 from .moesurg_null_experts import KEY as NULL_EXPERTS
 from .moesurg_null_experts import apply as apply_null_experts
+from .moesurg_shared_experts import KEY as SHARED_EXPERTS
+from .moesurg_shared_experts import apply as apply_shared_experts
 
 PARTS = (
     (MIXTURES, apply_mixtures),
     (NULL_EXPERTS, apply_null_experts),
     (LOWRANK_EXPERTS, apply_lowrank_experts),
+    (SHARED_EXPERTS, apply_shared_experts),
     (LINEARS, apply_linears),
 )
 """Key in the config and function of every part, in the order in which they change a model."""

@@ -1,0 +1,181 @@
+"""Experts that share parts of their matrices. Part of the model code that moesurg writes beside a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import linear, silu
+
+KEY = "moesurg_shared_experts"
+
+
+class Whole(nn.Module):
+    """A matrix for each expert."""
+
+    def __init__(self, experts: int, outputs: int, inputs: int, **_: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(experts, outputs, inputs))
+
+    def forward(self, x: torch.Tensor, expert: int) -> torch.Tensor:
+        return linear(x, self.weight[expert])
+
+
+class SharedInput(nn.Module):
+    """W_e = private_e shared_g: the experts of a group project their input in one way."""
+
+    def __init__(
+        self, experts: int, outputs: int, inputs: int, *, rank: int, groups: int, **_: Any
+    ) -> None:
+        super().__init__()
+        self.private = nn.Parameter(torch.empty(experts, outputs, rank))
+        self.shared = nn.Parameter(torch.empty(groups, rank, inputs))
+
+    def forward(self, x: torch.Tensor, expert: int) -> torch.Tensor:
+        group = expert * len(self.shared) // len(self.private)
+        return linear(linear(x, self.shared[group]), self.private[expert])
+
+
+class SharedOutput(nn.Module):
+    """W_e = shared_g private_e: the experts of a group write their output in one way."""
+
+    def __init__(
+        self, experts: int, outputs: int, inputs: int, *, rank: int, groups: int, **_: Any
+    ) -> None:
+        super().__init__()
+        self.shared = nn.Parameter(torch.empty(groups, outputs, rank))
+        self.private = nn.Parameter(torch.empty(experts, rank, inputs))
+
+    def forward(self, x: torch.Tensor, expert: int) -> torch.Tensor:
+        group = expert * len(self.shared) // len(self.private)
+        return linear(linear(x, self.private[expert]), self.shared[group])
+
+
+class Delta(nn.Module):
+    """W_e = base + left_e right_e."""
+
+    def __init__(self, experts: int, outputs: int, inputs: int, *, rank: int, **_: Any) -> None:
+        super().__init__()
+        self.base = nn.Parameter(torch.empty(outputs, inputs))
+        self.left = nn.Parameter(torch.empty(experts, outputs, rank))
+        self.right = nn.Parameter(torch.empty(experts, rank, inputs))
+
+    def forward(self, x: torch.Tensor, expert: int) -> torch.Tensor:
+        return linear(x, self.base) + linear(linear(x, self.right[expert]), self.left[expert])
+
+
+class Bases(nn.Module):
+    """W_e = private_e f(sum_j mix_ej basis_j), or its transpose; a basis may itself be of low rank.
+
+    A basis of rank K is a product of [R, K] and [K, I] whose first factor has rows of the identity where
+    ``pivots`` says; the others are ``left``.
+    """
+
+    def __init__(
+        self,
+        experts: int,
+        outputs: int,
+        inputs: int,
+        *,
+        inner: int,
+        bases: int,
+        rank: int = 0,
+        activation: str = "silu",
+        transposed: bool = False,
+        **_: Any,
+    ) -> None:
+        super().__init__()
+        if transposed:
+            outputs, inputs = inputs, outputs
+        self.activation = {"silu": silu, "tanh": torch.tanh}[activation]
+        self.transposed, self.inner = transposed, inner
+        self.private = nn.Parameter(torch.empty(experts, outputs, inner))
+        self.mix = nn.Parameter(torch.empty(experts, bases))
+        if rank:
+            self.left = nn.Parameter(torch.empty(bases, inner - rank, rank))
+            self.right = nn.Parameter(torch.empty(bases, rank, inputs))
+            self.register_buffer("pivots", torch.zeros(bases, rank, dtype=torch.int32))
+        else:
+            self.bases = nn.Parameter(torch.empty(bases, inner, inputs))
+
+    def _stack(self) -> torch.Tensor:
+        if "bases" in self._parameters:
+            return self.bases
+        pivots: Any = self.pivots
+        count, rank = pivots.shape
+        chosen = torch.zeros(count, self.inner, dtype=torch.long, device=pivots.device)
+        chosen.scatter_(1, pivots.long(), 1)
+        # The place of every row among pivots followed by others, both ascending.
+        order = torch.where(
+            chosen.bool(), chosen.cumsum(1) - 1, rank + (1 - chosen).cumsum(1) - 1
+        )
+        both = torch.cat([self.right, self.left @ self.right], dim=1)
+        return both.gather(1, order[:, :, None].expand(-1, -1, both.shape[2]))
+
+    def forward(self, x: torch.Tensor, expert: int) -> torch.Tensor:
+        mixed = torch.einsum("m,mri->ri", self.mix[expert], self._stack())
+        core = self.activation(mixed)
+        if self.transposed:
+            return linear(linear(x, self.private[expert].T), core.T)
+        return linear(linear(x, core), self.private[expert])
+
+
+FORMS: dict[str, type[nn.Module]] = {
+    "whole": Whole,
+    "input": SharedInput,
+    "output": SharedOutput,
+    "delta": Delta,
+    "bases": Bases,
+}
+
+
+class SharedExperts(nn.Module):
+    """Stands for a stock mixture's experts: called with tokens, the experts each goes to, and their weights."""
+
+    def __init__(
+        self, experts: int, width: int, hidden: int, act_fn: Any, entry: dict[str, Any]
+    ) -> None:
+        super().__init__()
+        self.num_experts, self.act_fn = experts, act_fn
+        for part in ("gate", "up", "down"):
+            options = dict(entry[part])
+            kind: Any = FORMS[options.pop("form")]
+            shape = (hidden, width) if part == "down" else (width, hidden)
+            setattr(self, part, kind(experts, *shape, **options))
+
+    def forward(
+        self, hidden_states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        output = torch.zeros_like(hidden_states)
+        for expert in torch.unique(index).tolist():
+            token, slot = torch.where(index == expert)
+            given = hidden_states[token]
+            hidden = self.act_fn(self.gate(given, expert)) * self.up(given, expert)
+            part = self.down(hidden, expert) * weights[token, slot, None]
+            output.index_add_(0, token, part.to(output.dtype))
+        return output
+
+
+def apply(body: Any, config: Any) -> None:
+    """Put experts with shared parts in the place of the stock ones of the listed layers.
+
+    Args:
+        body: the stock base model, changed in place.
+        config: its ``moesurg_shared_experts`` has ``layers``: their indices; ``experts``: the name of the experts'
+            module below a layer; and for ``gate``, ``up`` and ``down`` a ``form`` of FORMS with its sizes.
+
+    Raises:
+        ValueError: an unknown form.
+    """
+    entry = getattr(config, KEY)
+    for part in ("gate", "up", "down"):
+        if entry[part].get("form") not in FORMS:
+            raise ValueError(f"config.json: {KEY}: {part} has an unknown form")
+    for index in entry["layers"]:
+        layer = body.layers[int(index)]
+        stock: Any = layer.get_submodule(entry["experts"])
+        count, hidden, width = stock.down_proj.shape
+        new = SharedExperts(count, width, hidden, stock.act_fn, entry)
+        place, _, leaf = entry["experts"].rpartition(".")
+        setattr(layer.get_submodule(place), leaf, new.to(stock.down_proj.dtype))
