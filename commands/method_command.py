@@ -203,4 +203,5 @@ def _sources_and_needs(method: Method) -> str:
         "all-expert": "outputs of every expert on some text",
         "gram": "Gram matrices of every linear layer's inputs on some text",
     }[info.data]
-    return f"Takes {info.inputs}; needs {needs}; output loads as {info.tier}.{paper}"
+    verb = "can use" if info.optional else "needs"
+    return f"Takes {info.inputs}; {verb} {needs}; output loads as {info.tier}.{paper}"

@@ -15,6 +15,8 @@ from .output import emit, table
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from moesurg.surgery.methods.base import MethodInfo
+
 Markdown = Annotated[
     bool, typer.Option("--markdown", help="Print the table in Markdown, as the README has it.")
 ]
@@ -34,6 +36,7 @@ def methods(as_json: shared.Json = False, markdown: Markdown = False) -> None:
                 "paper": method.info.paper,
                 "inputs": method.info.inputs,
                 "data": method.info.data,
+                "optional": method.info.optional,
                 "tier": method.info.tier,
                 "options": method_options.describe(method),
             }
@@ -55,11 +58,15 @@ def _show(console: Console) -> None:
             method.name,
             info.summary,
             info.inputs,
-            info.data,
+            _statistics(info),
             info.tier,
             info.paper or "-",
         )
     console.print(found)
+
+
+def _statistics(info: MethodInfo) -> str:
+    return f"{info.data}, if given" if info.optional else info.data
 
 
 def markdown_table() -> str:
@@ -75,7 +82,7 @@ def markdown_table() -> str:
             f"`{method.name}`",
             info.summary,
             info.inputs,
-            info.data,
+            _statistics(info),
             info.tier,
             info.paper or "-",
         )

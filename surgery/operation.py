@@ -221,7 +221,9 @@ class _Job:
         """Stage, work and commit; True if a resumed run found its output already complete."""
         if self.request.output is None:
             raise UsageError("an output folder is needed")
-        needs = self.method.info.data != "none"
+        given = self.request.data or self.request.calibration
+        info = self.method.info
+        needs = info.data != "none" and bool(given or not info.optional)
         if needs:
             from .calibration.run import statistics_source
 

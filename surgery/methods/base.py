@@ -55,6 +55,7 @@ class MethodInfo:
         data: statistics it needs.
         tier: how its output loads.
         sample: rows of each mixture's input that the statistics must hold, whatever the options say.
+        optional: it works without statistics and uses them where the user gives text or a folder.
         takes: what its sources are; methods of one name for several kinds are files of their own.
     """
 
@@ -65,6 +66,7 @@ class MethodInfo:
     tier: Tier = "stock"
     sample: int = 0
     takes: Takes = "models"
+    optional: bool = False
 
 
 @dataclass(frozen=True)

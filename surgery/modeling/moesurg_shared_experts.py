@@ -107,9 +107,7 @@ class Bases(nn.Module):
         chosen = torch.zeros(count, self.inner, dtype=torch.long, device=pivots.device)
         chosen.scatter_(1, pivots.long(), 1)
         # The place of every row among pivots followed by others, both ascending.
-        order = torch.where(
-            chosen.bool(), chosen.cumsum(1) - 1, rank + (1 - chosen).cumsum(1) - 1
-        )
+        order = torch.where(chosen.bool(), chosen.cumsum(1) - 1, rank + (1 - chosen).cumsum(1) - 1)
         both = torch.cat([self.right, self.left @ self.right], dim=1)
         return both.gather(1, order[:, :, None].expand(-1, -1, both.shape[2]))
 
