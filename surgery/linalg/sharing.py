@@ -83,7 +83,7 @@ def share_input(
             found = truncate_whitened(stacked, gram_II, rank, damping=damping)
         left, right = found.balanced()
         shared.append(right)
-        private.extend(left.split(group[0].shape[0]))
+        private.extend(left.reshape(len(group), -1, rank).unbind())
     return Grouped("input", shared, private)
 
 

@@ -88,7 +88,7 @@ class Bases(nn.Module):
         super().__init__()
         if transposed:
             outputs, inputs = inputs, outputs
-        self.activation = {"silu": silu, "tanh": torch.tanh}[activation]
+        self.activation: Any = {"silu": silu, "tanh": torch.tanh}[activation]
         self.transposed, self.inner = transposed, inner
         self.private = nn.Parameter(torch.empty(experts, outputs, inner))
         self.mix = nn.Parameter(torch.empty(experts, bases))
@@ -146,11 +146,13 @@ class SharedExperts(nn.Module):
         self, hidden_states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
         output = torch.zeros_like(hidden_states)
+        parts: Any = self._modules
+        gate, up, down = (parts[part] for part in ("gate", "up", "down"))
         for expert in torch.unique(index).tolist():
             token, slot = torch.where(index == expert)
             given = hidden_states[token]
-            hidden = self.act_fn(self.gate(given, expert)) * self.up(given, expert)
-            part = self.down(hidden, expert) * weights[token, slot, None]
+            hidden = self.act_fn(gate(given, expert)) * up(given, expert)
+            part = down(hidden, expert) * weights[token, slot, None]
             output.index_add_(0, token, part.to(output.dtype))
         return output
 

@@ -100,7 +100,9 @@ def transform(work: Work) -> dict[str, object]:
     found = barycentre(neurons, work.params["rounds"])
     norm = sum(float(one.double().square().sum()) for one in neurons) / len(neurons)
     del neurons
-    centres = dict(zip(("gate", "up", "down"), found.centre_FN.split(width, dim=1), strict=True))
+    centres = dict(
+        zip(("gate", "up", "down"), found.centre_FN.reshape(-1, 3, width).unbind(1), strict=True)
+    )
     centres["down"] = centres["down"].T
     aligned = {
         part: [
