@@ -314,7 +314,7 @@ class _Job:
     def _decided(self, statistics: Any) -> dict[str, Any]:
         method, model, seed = self.method, self.model, self.plan.seed
         if method.decide_from_weights is not None:
-            with Weights(self.models, self.progress, self.stop) as weights:
+            with Weights(self.sources, self.progress, self.stop) as weights:
                 return method.decide_from_weights(model, self.options, statistics, weights, seed)
         if method.decide is None:
             raise MoesurgError(f"method {method.name} decides nothing")

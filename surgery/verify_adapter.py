@@ -39,7 +39,7 @@ def verify_adapter(adapter: Adapter, report: Mapping[str, Any]) -> tuple[str, di
         dict(report["exactness"])
         | {
             "measured": measured,
-            "measure": "largest relative error of a module's change",
+            "measure": "largest relative distance of a module's change from the weighted sum",
             "reference": None,
         },
     )

@@ -11,8 +11,8 @@ from .checkpoint.region import Region
 if TYPE_CHECKING:
     import torch
 
-    from .architectures.model import Model
     from .progress import Progress, Stop
+    from .sources import Source
 
 Item = TypeVar("Item")
 BLOCK = 4 << 20
@@ -23,12 +23,13 @@ class Weights:
     """Gives a method's ``decide_from_weights`` what it asks for, on one torch thread.
 
     Args:
-        models: the sources; a region says which one it lies in.
+        sources: of the run; a region says which one it lies in.
         progress, stop: told of, and asked between, the steps of :meth:`track`.
     """
 
-    def __init__(self, models: Sequence[Model], progress: Progress, stop: Stop) -> None:
-        self._readers = [TensorReader(model.checkpoint) for model in models]
+    def __init__(self, sources: Sequence[Source], progress: Progress, stop: Stop) -> None:
+        self.sources: Sequence[Any] = sources
+        self._readers = [TensorReader(source.checkpoint) for source in sources]
         self._progress, self._stop = progress, stop
 
     def __enter__(self) -> Weights:

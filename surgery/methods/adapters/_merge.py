@@ -6,7 +6,7 @@ of the planned rank. Modules that only some adapters have count as zero in the o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from ...adapters.adapter import Adapter, Module
     from ...execute import Work
+    from ...weights import Weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,88 @@ class MergeOptions:
         "how stacked experts' second factors are stored; needed where it cannot be told",
         choices=LAYOUTS,
     )
+
+
+RANK_HELP = "rank of every module; by default the largest that an adapter has there"
+ENERGY_HELP = (
+    "instead of --rank: the smallest rank of each module that keeps this share of the squared singular values of the "
+    "sum (0.99)"
+)
+
+
+def chosen_rank(
+    rank: int | None, energy: float | None, decided: Mapping[str, int] | None = None
+) -> Callable[[list[Module]], int]:
+    """The rank of a module from options.
+
+    Args:
+        rank: of every module, or None for the largest that an adapter has of it.
+        energy: the share of energy to keep; until it is known what it takes, the sum of the ranks is planned.
+        decided: ranks by module, once they are known.
+
+    Raises:
+        UsageError: an option out of range, or both.
+    """
+    if rank is not None and rank < 1:
+        raise UsageError(f"--rank {rank} should be at least 1")
+    if energy is not None and not 0 < energy <= 1:
+        raise UsageError(f"--energy {energy} should be above 0 and at most 1")
+    if energy is not None and rank is not None:
+        raise UsageError("--rank and --energy exclude each other")
+
+    def found(modules: list[Module]) -> int:
+        first = modules[0]
+        most = min(first.inputs, first.outputs, sum(module.rank for module in modules))
+        if decided is not None:
+            return min(most, decided[first.name])
+        if energy is not None:
+            return most
+        return min(most, rank) if rank is not None else min(most, max(m.rank for m in modules))
+
+    return found
+
+
+def decide_ranks(
+    adapters: Sequence[Adapter], options: Any, weights: Any
+) -> dict[str, dict[str, int]]:
+    """The rank of every module that keeps the wanted share of the weighted sum's energy; at least 1."""
+    import torch
+
+    from ...linalg.factors import core
+
+    scales = parse_weights(options.weights, len(adapters))
+    ranks: dict[str, int] = {}
+    for name, factors in track_factors(weights, options, scales):
+        energy = torch.linalg.svdvals(core(concatenated(factors, [1.0] * len(factors)))).square()
+        share = energy.cumsum(-1) / energy.sum(-1, keepdim=True).clamp_min(1e-300)
+        needed = (share < options.energy - 1e-12).sum(-1) + 1
+        ranks[name] = int(needed.clamp_max(energy.shape[-1]).max())
+    return {"None": ranks}
+
+
+def track_factors(
+    weights: Weights, options: Any, scales: Sequence[float] | None = None
+) -> Iterator[tuple[str, list[tuple[torch.Tensor, torch.Tensor]]]]:
+    """Every module's factors A [E, r, n] and B [E, m, r] while a method decides; scale and weight are in B."""
+    from ...adapters import packing
+
+    adapters = weights.sources
+    for name, row in weights.track(list(aligned(adapters).items())):
+        factors = []
+        for index, module in enumerate(row):
+            if module is None:
+                continue
+            down = weights.read(placed(module.down, index)).double()
+            up = weights.read(placed(module.up, index)).double()
+            layout = _layout(adapters[index], options.expert_layout)
+            factor = module.scale * (1.0 if scales is None else scales[index])
+            factors.append(
+                (
+                    packing.unpack_down(down, module.experts),
+                    packing.unpack_up(up, module.experts, layout) * factor,
+                )
+            )
+        yield name, factors
 
 
 def parse_weights(text: str | None, count: int, default: float = 1.0) -> list[float]:
@@ -111,7 +194,7 @@ def plan_merge(
                 name,
                 "transform",
                 reads=tuple(
-                    _placed(region, index)
+                    placed(region, index)
                     for index, module in enumerate(row)
                     if module is not None
                     for region in _regions(module)
@@ -177,7 +260,7 @@ def load(work: Work) -> Loaded:
         factors.append(read_factors(work, module, source=index, layout=layout))
         bias = None
         if module.bias is not None:
-            bias = work.read(_placed(module.bias, index)).double() * module.scale
+            bias = work.read(placed(module.bias, index)).double() * module.scale
         biases.append(bias)
     weights = [work.params["weights"][index] for index, _ in held]
     positions = [index for index, _ in held]
@@ -227,6 +310,46 @@ def save(
     }
 
 
+def merge_each(
+    work: Work,
+    merged: Callable[[list[tuple[torch.Tensor, torch.Tensor]], list[float]], Any],
+    *,
+    bias: Callable[[Loaded], torch.Tensor | None] | None = None,
+) -> dict[str, object]:
+    """Merge every expert of a module (most have one) and write it.
+
+    Args:
+        merged: from factors A [r, n] and B [m, r] of each adapter that has the module, and their weights, to merged
+            factors of at most the planned rank, or to these and metrics.
+        bias: how biases are merged; by default their weighted sum.
+    """
+    import torch
+
+    loaded = load(work)
+    found, metrics = [], []
+    for expert in range(loaded.module.experts):
+        pairs = [(down[expert], up[expert]) for down, up in loaded.factors]
+        result = merged(pairs, loaded.weights)
+        pair, measured = result if isinstance(result[1], dict) else (result, {})
+        found.append(pair)
+        metrics.append(measured)
+    rank = max(down.shape[0] for down, _ in found)
+    down_ERN = torch.stack([_padded(down, rank, 0) for down, _ in found])
+    up_EMR = torch.stack([_padded(up, rank, 1) for _, up in found])
+    own = metrics[0] if len(metrics) == 1 else {"experts": metrics} if any(metrics) else {}
+    added = (bias or summed_bias)(loaded)
+    return {**save(work, loaded, down_ERN, up_EMR, bias=added), **own}
+
+
+def _padded(factor: torch.Tensor, size: int, dim: int) -> torch.Tensor:
+    """A factor with zeros up to a rank."""
+    import torch
+
+    lacking = list(factor.shape)
+    lacking[dim] = size - factor.shape[dim]
+    return torch.cat([factor, factor.new_zeros(lacking)], dim=dim)
+
+
 def concatenated(
     factors: Sequence[tuple[torch.Tensor, torch.Tensor]], weights: Sequence[float]
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -254,7 +377,8 @@ def _regions(module: Module) -> list[Region]:
     return both if module.bias is None else [*both, module.bias]
 
 
-def _placed(region: Region, source: int) -> Region:
+def placed(region: Region, source: int) -> Region:
+    """The region in one of several sources."""
     import dataclasses
 
     return dataclasses.replace(region, source=source)
@@ -263,7 +387,7 @@ def _placed(region: Region, source: int) -> Region:
 def _layout(adapter: Adapter, chosen: str | None) -> str:
     """The layout of an adapter's stacked experts, which only the user can tell where rank and count differ."""
     for module in adapter.modules.values():
-        if module.kind == "experts" and chosen is None and 1 < module.rank != module.experts > 1:
+        if chosen is None and module.experts > 1 and module.rank > 1:
             raise InputError(
                 f"{adapter.folder}: module {module.name} stacks {module.experts} experts of rank {module.rank}, and "
                 "the order in its second factor cannot be told from the file",
