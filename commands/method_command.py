@@ -204,4 +204,11 @@ def _sources_and_needs(method: Method) -> str:
         "gram": "Gram matrices of every linear layer's inputs on some text",
     }[info.data]
     verb = "can use" if info.optional else "needs"
-    return f"Takes {info.inputs}; {verb} {needs}; output loads as {info.tier}.{paper}"
+    kinds = [found.info.takes for found in methods.named(method.command, method.name)]
+    others = "".join(
+        f" Another method of this name takes {kind}: name one of them before --help to see its options."
+        for kind in kinds
+        if kind != info.takes
+    )
+    loads = "an adapter of its base" if info.takes == "adapters" else info.tier
+    return f"Takes {info.inputs}; {verb} {needs}; output loads as {loads}.{paper}{others}"

@@ -58,17 +58,22 @@ def load(command: str, name: str, kind: Takes | None = None) -> Method:
     Raises:
         UsageError: no such method; lists those there are.
     """
-    found = [
-        _method(command, name, importlib.import_module(module, __name__))
-        for listed, module in _listing(command)
-        if listed == name
-    ]
+    found = named(command, name)
     if not found:
         raise UsageError(
             f"{command} has no method {name!r}", hint=f"its methods are {', '.join(names(command))}"
         )
     fitting = [method for method in found if method.info.takes == (kind or "models")]
     return (fitting or found)[0]
+
+
+def named(command: str, name: str) -> list[Method]:
+    """Every method of a command and name: one for each kind of sources that has one."""
+    return [
+        _method(command, name, importlib.import_module(module, __name__))
+        for listed, module in _listing(command)
+        if listed == name
+    ]
 
 
 def taking(command: str, kind: Takes) -> list[str]:

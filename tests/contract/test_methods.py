@@ -56,6 +56,7 @@ SOURCES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "compress resmoe": [("qwen3_moe", BF16)],
     "compress slbf": [("qwen3_moe", BF16)],
     "convert": [("qwen3_moe", BF16)],
+    "merge ffa adapters": [("adapter", BF16), ("adapter", {**BF16, "alpha": 9})],
     "expert": [("qwen3_moe", BF16)],
 }
 """Sources that every method of a command takes, and those of methods that need others."""

@@ -31,8 +31,8 @@ LEGO: dict[str, Any] = {
     "gauge": "balance",
     "features": "raw",
     "norm": "inf",
-    "parameter_reweighting": True,
-    "output_reweighting": True,
+    "rescale": True,
+    "rescale_output": True,
     "reference_rank": "mean",
 }
 EXACT_SUMS = {
@@ -205,7 +205,7 @@ def test_rtsvm_without_outliers_weighs_equally() -> None:
 
 def test_lego_with_a_cluster_for_every_rank_is_the_sum() -> None:
     found = pairs()
-    options = {**LEGO, "output_reweighting": False}
+    options = {**LEGO, "rescale_output": False}
     down, up = lego(found, [1.0] * 3, 9, **options)[0]
     target = sum(product(pair) for pair in found)
     torch.testing.assert_close(up @ down, torch.as_tensor(target))

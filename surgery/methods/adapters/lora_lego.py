@@ -75,8 +75,8 @@ class Options(common.MergeOptions):
         choices=("raw", "halves", "unit"),
     )
     norm: str = option("inf", "norm that centroids are rescaled to", choices=("inf", "l2"))
-    parameter_reweighting: bool = option(True, "rescale centroids to their members' mean norm")
-    output_reweighting: bool = option(True, "multiply by sqrt(r / k)")
+    rescale: bool = option(True, "rescale centroids to their members' mean norm")
+    rescale_output: bool = option(True, "multiply by sqrt(r / k)")
     reference_rank: str = option(
         "mean", "r of sqrt(r / k) where ranks differ: mean, max or a number"
     )
@@ -127,8 +127,8 @@ def lego(
     gauge: str,
     features: str,
     norm: str,
-    parameter_reweighting: bool,
-    output_reweighting: bool,
+    rescale: bool,
+    rescale_output: bool,
     reference_rank: str,
 ) -> tuple[Pair, dict[str, object]]:
     """The merge of one module.
@@ -180,7 +180,7 @@ def lego(
         length = torch.linalg.vector_norm(centre, order)
         if float(length) <= CANCELLED * float(lengths.mean()):
             centre, cancelled = torch.zeros_like(centre), cancelled + 1
-        elif parameter_reweighting:
+        elif rescale:
             centre = centre * (lengths.mean() / length)
         centroids.append(centre)
         sizes.append(len(members))
@@ -188,7 +188,7 @@ def lego(
         purity += max(mine.count(owner) for owner in set(mine)) / len(points)
     merged = torch.stack(centroids)
     # With fewer distinct ranks than clusters, k is what there is.
-    scale = math.sqrt(reference / len(centroids)) if output_reweighting else 1.0
+    scale = math.sqrt(reference / len(centroids)) if rescale_output else 1.0
     down, up = merged[:, :width], merged[:, width:].T * scale
     return (down, up), {
         "clusters": sizes,
@@ -246,8 +246,8 @@ def _plan(adapters: Sequence[Adapter], options: Options, decided: Any) -> Draft:
         "gauge",
         "features",
         "norm",
-        "parameter_reweighting",
-        "output_reweighting",
+        "rescale",
+        "rescale_output",
         "reference_rank",
     )
     return common.plan_merge(
