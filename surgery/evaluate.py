@@ -1,4 +1,4 @@
-"""How well a model predicts a text, and how far it is from a reference. Streams both by layer.
+"""How well a model predicts a text, and how far it is from a reference. Streams stock classes by layer.
 
 T tokens, V vocabulary. Perplexity is exp of the mean negative log-likelihood of next tokens; a
 sequence's first token has no prediction. KL divergence, top-1 agreement and logit drift compare
@@ -19,11 +19,13 @@ import torch
 
 from .architectures.model import Model
 from .calibration.corpus import read_corpus
-from .calibration.forward import STATES_IN_MEMORY, Head, LayerStream, Run
+from .calibration.forward import STATES_IN_MEMORY
 from .calibration.sequences import Batch, Sequences, tokenise
 from .checkpoint.hub import resolve
 from .checkpoint.reader import TensorReader
+from .custom import CustomModel, is_custom_folder
 from .errors import InputError
+from .predictor import BATCH_TOKENS, Loaded, Logits, Predictor, Streamed, vocabulary
 from .progress import Progress
 
 LOGITS = 1 << 23
@@ -87,11 +89,11 @@ def _perplexity(loss: float, predicted: int) -> dict[str, object]:
 
 
 def evaluate(
-    model: Model,
+    model: Model | CustomModel,
     reader: TensorReader,
     sequences: Sequences,
     *,
-    reference: tuple[Model, TensorReader] | None = None,
+    reference: tuple[Model | CustomModel, TensorReader] | None = None,
     device: str = "cpu",
     max_memory: int = STATES_IN_MEMORY,
     scratch: Path | None = None,
@@ -115,20 +117,32 @@ def evaluate(
     models = [(model, reader), *([reference] if reference is not None else [])]
     if reference is not None:
         _same_vocabulary(model, reference[0])
-    runs, heads = [], []
+    predictors: list[Predictor] = []
     for name, (one, weights) in zip(("model", "reference"), models, strict=False):
-        stream = LayerStream(one, weights, device=device, max_memory=max_memory, scratch=scratch)
-        run = stream.run(sequences)
-        for step in run.layers():
-            step.advance()
+
+        def report(done: int, total: int, name: str = name) -> None:
             if progress is not None:
-                progress(name, step.index + 1, len(one.layers))
-        run.finish()
-        runs.append(run)
-        heads.append(stream.head())
+                progress(name, done, total)
+
+        predictors.append(
+            Loaded(one, device=device, report=report)
+            if isinstance(one, CustomModel)
+            else Streamed(
+                one,
+                weights,
+                sequences,
+                device=device,
+                max_memory=max_memory,
+                scratch=scratch,
+                report=report,
+            )
+        )
+    block = max(1, LOGITS // vocabulary(model))
     tallies = [Tally() for _ in sequences.domains]
-    for batch in runs[0].batches:
-        tallies[batch.domain].add(_measure(batch, runs, heads))
+    for batch in sequences.batches(BATCH_TOKENS):
+        for index in range(len(batch.lengths)):
+            logits = [predictor.sequence(batch, index) for predictor in predictors]
+            tallies[batch.domain].add(_measure(batch, index, logits, block))
     overall = Tally()
     for tally in tallies:
         overall.add(tally)
@@ -144,7 +158,11 @@ def evaluate(
 
 
 def drift(
-    model: Model, reference: Model, token_ids: Sequence[Sequence[int]], *, device: str = "cpu"
+    model: Model,
+    reference: Model | CustomModel,
+    token_ids: Sequence[Sequence[int]],
+    *,
+    device: str = "cpu",
 ) -> float:
     """Largest |difference of float32 logits| between two models on given sequences.
 
@@ -172,14 +190,15 @@ def evaluate_sources(
 ) -> dict[str, Any]:
     """The ``eval`` command's work: :func:`evaluate` on folders or Hub ids, and what it was run on.
 
-    The text is tokenised by the model's tokenizer, for both models.
+    The text is tokenised by the model's tokenizer, for both models. Outputs with model code are loaded whole, with the
+    installed copy of that code.
 
     Raises:
         MoesurgError: any of its kinds.
     """
     started = time.monotonic()
-    model = Model.open(resolve(source))
-    other = None if reference is None else Model.open(resolve(reference))
+    model = open_either(resolve(source))
+    other = None if reference is None else open_either(resolve(reference))
     if other is not None:
         _same_vocabulary(model, other)
     sequences = tokenise(read_corpus(data), model.folder, tokens=tokens, seq_len=seq_len)
@@ -208,28 +227,34 @@ def evaluate_sources(
     }
 
 
-def _same_vocabulary(model: Model, reference: Model) -> None:
-    if model.config.vocab != reference.config.vocab:
+def open_either(folder: Path) -> Model | CustomModel:
+    """A stock model, or an output of moesurg that brings code.
+
+    Raises:
+        InputError: naming the first thing that is wrong with it.
+    """
+    return CustomModel.open(folder) if is_custom_folder(folder) else Model.open(folder)
+
+
+def _same_vocabulary(model: Model | CustomModel, reference: Model | CustomModel) -> None:
+    own, other = vocabulary(model), vocabulary(reference)
+    if own != other:
         raise InputError(
-            f"{model.folder}: has a vocabulary of {model.config.vocab}, the reference "
-            f"{reference.folder} one of {reference.config.vocab}",
+            f"{model.folder}: has a vocabulary of {own}, the reference {reference.folder} one of {other}",
             hint="compare with a model of the same tokenizer",
         )
 
 
-def _measure(batch: Batch, runs: Sequence[Run], heads: Sequence[Head]) -> Tally:
-    """One batch, in blocks of tokens whose logits fit."""
-    ids_T = torch.from_numpy(batch.ids_BT[batch.mask_BT])
-    next_T = torch.full_like(ids_T, -1)  # -1: the last token of its sequence
+def _measure(batch: Batch, index: int, logits: Sequence[Logits], block: int) -> Tally:
+    """One sequence, in blocks of tokens whose logits fit."""
+    ids_T = torch.from_numpy(batch.ids_BT[index, : batch.lengths[index]])
+    next_T = torch.full_like(ids_T, -1)  # -1: the last token
     next_T[:-1] = ids_T[1:]
-    next_T[torch.tensor(batch.lengths).cumsum(0) - 1] = -1
-    block = max(1, LOGITS // heads[0].vocab)
     tally = Tally()
     for begin in range(0, len(ids_T), block):
-        target_T = next_T[begin : begin + block]
-        rows = slice(batch.start + begin, batch.start + begin + len(target_T))
-        logits = [head(run.states.packed_TD[rows]) for run, head in zip(runs, heads, strict=True)]
-        tally.add(_compare(target_T.to(logits[0].device), logits))
+        here = slice(begin, begin + block)
+        found = [of(here) for of in logits]
+        tally.add(_compare(next_T[here].to(found[0].device), found))
     return tally
 
 

@@ -118,6 +118,8 @@ def _method_for(request: Request, kind: Takes) -> Method:
     if takes != kind:
         known = taking(request.command, kind)
         fitting = ", ".join(known) if known else "no method of this command"
+        if kind == "custom models":
+            fitting = "make a stock model first: moesurg convert --expand; nothing else"
         raise InputError(
             f"{' '.join(spelt(request.command, request.method))} takes {takes}, the sources are {kind} "
             f"({', '.join(request.sources)})",

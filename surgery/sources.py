@@ -1,4 +1,7 @@
-"""What a run can start from: models and adapters, seen alike by everything that knows bytes and no method."""
+"""What a run can start from, seen alike by everything that knows bytes and no method.
+
+These are stock models, adapters, and outputs of ours that bring model code (custom models).
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,10 @@ from .adapters.adapter import Adapter
 from .architectures.model import Model
 from .checkpoint.formats import ADAPTER, MODEL, format_of
 from .checkpoint.reader import Checkpoint
+from .custom import CustomModel, is_custom_folder
 from .errors import InputError
 
-Takes = Literal["models", "adapters", "model and adapters"]
+Takes = Literal["models", "adapters", "model and adapters", "custom models"]
 """What a method's sources are; ``model and adapters``: a model first, then adapters of it."""
 
 
@@ -42,7 +46,7 @@ def open_source(folder: Path) -> Source:
     if found == ADAPTER:
         return Adapter.open(folder)
     if found == MODEL:
-        return Model.open(folder)
+        return CustomModel.open(folder) if is_custom_folder(folder) else Model.open(folder)
     raise InputError(
         f"{folder}: is a {found.name}, from which nothing can be made directly",
         hint=f"take out what is in the {found.name} first",
@@ -53,8 +57,16 @@ def kind_of(folders: Sequence[Path]) -> Takes:
     """What sources are together, told from the names of their files.
 
     Raises:
-        InputError: models and adapters in another order than a model first.
+        InputError: models and adapters in another order than a model first, or only some of them stock.
     """
+    ours = [is_custom_folder(folder) for folder in folders]
+    if all(ours):
+        return "custom models"
+    if any(ours):
+        raise InputError(
+            f"{folders[ours.index(True)]}: brings model code, other sources do not",
+            hint="make a stock model of it first: moesurg convert --expand",
+        )
     adapters = [format_of(folder) == ADAPTER for folder in folders]
     if not any(adapters):
         return "models"

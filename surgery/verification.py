@@ -180,12 +180,9 @@ def _exactness(
     source = _source(report, reference)
     if source is None:
         return promised | {"measured": None, "reference": None}
-    original = Model.open(source)
-    if original.config.vocab != model.config.vocab:
-        raise InputError(
-            f"{source}: has {original.config.vocab} token ids, {model.folder} has {model.config.vocab}"
-        )
-    from .evaluate import drift
+    from .evaluate import drift, open_either
+
+    original = open_either(source)
 
     progress.stage("measuring", 1)
     measured = drift(model, original, _check_ids(model), device=device)

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from .architectures.model import Model
 from .calibration.corpus import default_corpus
 from .calibration.sequences import tokenise
-from .checkpoint.reader import Checkpoint, contained
+from .checkpoint.reader import Checkpoint
+from .custom import foreign_file, load_custom
 from .errors import InputError, VerificationError
 from .executors.base import memory_budget
-from .modeling import PREFIX, auto_map, files
 from .progress import Progress
 from .seeding import stream
 
@@ -39,18 +39,21 @@ def verify_custom(
         VerificationError: the folder's code is not ours, or does not fit its weights.
     """
     folder = checkpoint.folder
-    for name, code in files().items():
-        if not (folder / name).is_file() or contained(folder, name).read_bytes() != code:
-            raise VerificationError(
-                f"{folder / name}: is not the model code of this version of moesurg, so it is not run",
-                hint="verify with the version that report.json names",
-            )
+    wrong = foreign_file(folder)
+    if wrong is not None:
+        raise VerificationError(
+            f"{wrong}: is not the model code of this version of moesurg, so it is not run",
+            hint="verify with the version that report.json names",
+        )
     promised = dict(report["exactness"]) | {"measured": None, "reference": None}
     size, budget = int(report["output"]["bytes"]), memory_budget(None)
     if budget is not None and 4 * size > budget:
         return "not tried: the model is larger than the memory that is free", promised
     progress.stage("loading", 1)
-    model = _load(checkpoint)
+    try:
+        model = load_custom(checkpoint)
+    except InputError as error:
+        raise VerificationError(error.message, hint=error.hint) from error
     progress.advance()
     loaded = "the model code of moesurg, no missing and no unexpected key"
     if source is None:
@@ -63,49 +66,6 @@ def verify_custom(
         "measure": "largest |difference of logits|",
         "reference": str(source),
     }
-
-
-def _load(checkpoint: Checkpoint) -> Any:
-    import torch
-    from transformers.utils import logging as stock_logging
-
-    from .modeling import modeling_moesurg
-
-    folder, config = checkpoint.folder, checkpoint.config
-    names = config.get("architectures")
-    model_type = config.get("model_type")
-    stock = names[0].removeprefix("Moesurg") if isinstance(names, list) and names else ""
-    if (
-        not stock
-        or config.get("auto_map") != auto_map(stock)
-        or not str(model_type).startswith(PREFIX)
-    ):
-        raise VerificationError(
-            f"{folder / 'config.json'}: architectures, model_type and auto_map do not agree"
-        )
-    own = auto_map(stock)
-    logging: Any = stock_logging
-    logging.disable_progress_bar()
-    try:
-        config_class: Any = getattr(modeling_moesurg, own["AutoConfig"].rpartition(".")[2])
-        model_class: Any = getattr(modeling_moesurg, own["AutoModelForCausalLM"].rpartition(".")[2])
-        model, found = model_class.from_pretrained(
-            folder,
-            config=config_class.from_pretrained(folder, local_files_only=True),
-            dtype=torch.float32,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    except (
-        Exception
-    ) as error:  # whatever transformers raises for a config or weights that do not fit
-        raise VerificationError(f"{folder}: does not load with its model code ({error})") from error
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if found[kind]:
-            raise VerificationError(
-                f"{folder}: loading reports {kind.replace('_', ' ')}: {sorted(found[kind])[:3]}"
-            )
-    return model.eval()
 
 
 def _drift(model: Any, source: Model, device: str) -> float:

@@ -96,7 +96,13 @@ def options_of(method: Method) -> dict[str, Any]:
 
 
 @pytest.fixture
-def sources(method: Method, checkpoint: Checkpoint) -> list[Path]:
+def sources(
+    method: Method, checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory
+) -> list[Path]:
+    if method.info.takes == "custom models":
+        folder = tmp_path_factory.mktemp("custom") / "model"
+        operate("compress", "svd", checkpoint("llama", **BF16), folder, ratio=0.3)
+        return [folder]
     usual = ADAPTERS if method.info.takes == "adapters" else SOURCES[method.command]
     wanted = SOURCES.get(key(method), usual)
     return [checkpoint(family, **arguments) for family, arguments in wanted]

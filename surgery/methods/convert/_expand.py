@@ -1,0 +1,143 @@
+"""How what a custom output stores becomes the tensors of its stock class, part by part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ...checkpoint.layout import TensorSpec
+from ...checkpoint.region import Region
+from ...errors import InputError
+from ...plan import Unit
+
+if TYPE_CHECKING:
+    import torch
+
+    from ...custom import CustomModel
+    from ...execute import Work
+
+LINEARS = "moesurg_linears"
+"""Keys of the config, as in `modeling/`, whose files import torch."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some stored tensors and what they become.
+
+    Attributes:
+        stored: names of the tensors that are read and not passed on.
+        specs: the tensors in their place.
+        units: the work that writes these.
+    """
+
+    stored: tuple[str, ...]
+    specs: tuple[TensorSpec, ...]
+    units: tuple[Unit, ...]
+
+
+def pieces(model: CustomModel) -> Iterator[Piece]:
+    """Everything of a model that its stock class does not know.
+
+    Raises:
+        InputError: a part that stock classes cannot hold, or tensors that do not fit the config.
+    """
+    for key, entry in model.parts.items():
+        if key not in PARTS:
+            raise InputError(
+                f"{model.folder}: its {key} cannot be stored as stock {model.family.class_name}"
+            )
+        if not isinstance(entry, Mapping):
+            raise InputError(f"{model.folder / 'config.json'}: {key} is not an object")
+        yield from PARTS[key](model, entry)
+
+
+def stored(model: CustomModel, name: str, axes: int = 2) -> Region:
+    """A tensor that the config promises.
+
+    Raises:
+        InputError: it is missing, or has another number of axes.
+    """
+    info = model.checkpoint.tensors.get(name)
+    if info is None:
+        raise InputError(f"{model.folder}: tensor {name!r} is missing")
+    if len(info.shape) != axes:
+        raise InputError(
+            f"{model.folder}: tensor {name!r} has the shape {list(info.shape)}, expected {axes} axes"
+        )
+    return Region(name, info.shape)
+
+
+def fits(model: CustomModel, name: str, *, found: object, expected: object) -> None:
+    """Raise InputError where a size of a tensor is not what the others and the config say."""
+    if found != expected:
+        raise InputError(
+            f"{model.folder}: tensor {name!r} has {found}, the config and its other tensors say {expected}"
+        )
+
+
+def _linears(model: CustomModel, entry: Mapping[str, Any]) -> Iterator[Piece]:
+    body = model.family.embedding.partition(".")[0]
+    for name, facts in entry.items():
+        module = f"{body}.{name}"
+        form = facts.get("form") if isinstance(facts, Mapping) else None
+        if form == "factors":
+            reads = tuple(stored(model, f"{module}.lowrank_{part}.weight") for part in "AB")
+            (rank, columns), (rows, inner) = (read.shape for read in reads)
+        elif form == "pivot":
+            reads = (
+                stored(model, f"{module}.pivot_rows.weight"),
+                stored(model, f"{module}.pivot_coef.weight"),
+                stored(model, f"{module}.pivot_index", axes=1),
+            )
+            (rank, columns), (others, inner) = reads[0].shape, reads[1].shape
+            rows = rank + others
+            fits(model, reads[2].tensor, found=reads[2].shape[0], expected=rank)
+        else:
+            raise InputError(
+                f"{model.folder / 'config.json'}: {name} has the unknown form {form!r}"
+            )
+        fits(model, reads[1].tensor, found=inner, expected=rank)
+        fits(model, reads[0].tensor, found=rank, expected=facts.get("rank"))
+        written = Region(f"{module}.weight", (rows, columns))
+        dtype = model.checkpoint.tensors[reads[0].tensor].dtype
+        unit = Unit(
+            name,
+            "transform",
+            layer_of(name),
+            reads=reads,
+            writes=(written,),
+            params={"form": form},
+            memory=24 * rows * columns,
+        )
+        yield Piece(
+            tuple(read.tensor for read in reads),
+            (TensorSpec(written.tensor, dtype, written.shape),),
+            (unit,),
+        )
+
+
+def layer_of(name: str) -> int | None:
+    """The decoder layer that a module of a base model belongs to."""
+    head, _, rest = name.partition("layers.")
+    index = rest.partition(".")[0]
+    return int(index) if not head and index.isdigit() else None
+
+
+def expanded(work: Work) -> torch.Tensor:
+    """The matrix that a unit's reads stand for, float64."""
+    first, second, *others = (work.read(region) for region in work.unit.reads)
+    if work.params["form"] == "factors":
+        return second.double() @ first.double()
+    from ...linalg.pivot import Pivoted
+
+    index = others[0].long()
+    size = first.shape[0] + second.shape[0]
+    if bool((index.diff() <= 0).any()) or int(index[0]) < 0 or int(index[-1]) >= size:
+        name = work.unit.reads[2].tensor
+        raise InputError(f"{name}: expected ascending places of rows below {size}")
+    return Pivoted(first.double(), second.double(), index).unpack()
+
+
+PARTS = {LINEARS: _linears}
+"""By key of the config: how that part becomes stock tensors."""
