@@ -79,14 +79,14 @@ def run(request: Request, progress: Progress) -> dict[str, Any]:
     started = time.monotonic()
     folders = [resolve(source) for source in request.sources]
     method = _method_for(request, kind_of(folders))
-    if method.info.data == "none" and (request.data or request.calibration):
+    sources = [open_source(folder) for folder in folders]
+    options = method.parse(request.options)
+    draft = method.plan(sources, options)
+    if (draft.data or method.info.data) == "none" and (request.data or request.calibration):
         raise UsageError(
             f"{' '.join(spelt(request.command, request.method))} uses no statistics",
             hint="leave out --data and --calibration",
         )
-    sources = [open_source(folder) for folder in folders]
-    options = method.parse(request.options)
-    draft = method.plan(sources, options)
     plan = _plan(request, sources, draft, options)
     validate(plan, [source.checkpoint for source in sources])
     card.common_licence([source.folder for source in sources])
@@ -225,8 +225,8 @@ class _Job:
             raise UsageError("an output folder is needed")
         given = self.request.data or self.request.calibration
         info = self.method.info
-        needs = info.data != "none" and bool(given or not info.optional)
-        if needs:
+        needed = self.draft.data or info.data
+        if needed != "none" and (given or not info.optional):
             from .calibration.run import statistics_source
 
             self.statistics = statistics_source(
@@ -235,7 +235,7 @@ class _Job:
                 data=self.request.data,
                 tokens=self.request.tokens,
                 seq_len=self.request.seq_len,
-                mode=self.method.info.data,
+                mode=needed,
                 device=self.request.device,
                 sample=max(self.method.info.sample, self.draft.sample),
             )

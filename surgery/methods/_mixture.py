@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from ..checkpoint.layout import TensorSpec
@@ -41,12 +41,15 @@ def replaced(
     model: Model,
     specs: Callable[[Layer], Iterable[TensorSpec]],
     units: Callable[[Layer], Iterable[Unit]],
+    *,
+    without: Collection[str] = (),
 ) -> tuple[list[TensorSpec], list[Unit]]:
     """Tensors and units of the model with its mixtures replaced and everything else copied.
 
     Args:
         specs: the tensors of a layer's new mixture, which stand where the old mixture's first tensor stood.
         units: the units that write them.
+        without: names of further tensors that the output lacks.
     """
     tensors: list[TensorSpec] = []
     work: list[Unit] = []
@@ -55,6 +58,8 @@ def replaced(
     planned: set[int] = set()
     passing: dict[int | None, list[str]] = {}
     for name in model.names():
+        if name in without:
+            continue
         if name not in mixtures:
             shape = model.checkpoint.tensors[name].shape
             tensors.append(TensorSpec(name, model.dtype(name), shape))

@@ -98,6 +98,7 @@ class Draft:
         sample: rows of each mixture's input that these options need; ``work.inputs()`` gives them.
         files: further small files of the output by name, such as model code.
         format: what the output is.
+        data: statistics that these options need, where they need others than ``MethodInfo.data`` says.
     """
 
     config: dict[str, object]
@@ -109,6 +110,7 @@ class Draft:
     sample: int = 0
     files: Mapping[str, bytes] = field(default_factory=dict)
     format: FormatName = "model"
+    data: DataNeed | None = None
 
 
 @dataclass(frozen=True)
