@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from moesurg.surgery.errors import InputError, UsageError
-from tests.oracle.helpers import drift, logits, operate, rewrite, stock, tensors, token_ids
+from moesurg.surgery.progress import Silent
+from moesurg.surgery.verification import verify
+from tests.oracle.helpers import custom, drift, logits, operate, rewrite, stock, tensors, token_ids
 
 Checkpoint = Callable[..., Path]
 MOE = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"]
@@ -204,8 +206,39 @@ def test_global_allocation_keeps_the_total(checkpoint: Checkpoint, tmp_path: Pat
         assert logits(output, token_ids(source)).isfinite().all()
 
 
-def test_global_allocation_needs_a_tied_router(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="different numbers of experts"):
+@pytest.mark.parametrize(
+    ("method", "router"), [("m-smoe", "mapped"), ("sub-moe", "mapped"), ("sub-moe", "keep")]
+)
+@pytest.mark.parametrize("family", ["qwen3_moe", "glm4_moe"])
+def test_global_allocation_stores_what_it_decides(
+    method: str, router: str, family: str, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """Padded or with model code for rows that are dropped; the function of the tied merge for rows that stay."""
+    source, output = checkpoint(family), tmp_path / "out"
+    options = {"experts": 4, "allocation": "global", "tokens": 128}
+    planned = operate("merge", method, source, output, router=router, dry_run=True, **options)
+    assert any("the text decides" in note for note in planned["notes"])
+    result = operate("merge", method, source, output, router=router, **options)
+    padded = family == "glm4_moe" and router == "keep"
+    assert result["tier"] == ("padded" if padded else "custom")
+    sizes = [len(decided["groups"]) for decided in decisions(output).values()]
+    assert sum(sizes) == 4 * len(sizes)
+    assert len(set(sizes)) > 1 or method == "m-smoe"
+    assert verify(str(output), reference=None, device="cpu", progress=Silent())["verified"]
+    ids = token_ids(source)
+    with torch.no_grad():
+        found = (stock if padded else custom)(output)(input_ids=ids).logits
+    assert found.isfinite().all()
+    if router == "mapped":
+        operate("merge", method, source, tmp_path / "tied", router="tied", **options)
+        wanted = logits(tmp_path / "tied", ids)
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_global_allocation_needs_a_router_that_keeps_its_rows(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="fewer experts than a token selects"):
         operate(
             "merge", "m-smoe", checkpoint("mixtral"), tmp_path / "x", experts=4, allocation="global"
         )

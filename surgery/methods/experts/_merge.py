@@ -6,6 +6,7 @@ representatives' original order, so merging nothing writes the input's bytes.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -116,6 +117,20 @@ def plan_merge(
         sample=sample,
         files=form.files(),
     )
+
+
+def decided_counts(decisions: Mapping[str, Any]) -> dict[int, int]:
+    """Groups of every layer, for the ``settle`` of a method that lets layers differ."""
+    return {int(index): len(decided["groups"]) for index, decided in decisions.items()}
+
+
+def undecided(draft: Draft) -> Draft:
+    """A draft for which ``settle`` will find other numbers in every layer."""
+    note = (
+        "the text decides how many experts each layer keeps; where they differ, the output is padded for stock classes "
+        "if that is exact, and brings its own model code if not"
+    )
+    return dataclasses.replace(draft, notes=[*draft.notes, note])
 
 
 def _form(model: Model, router: str, counts: Mapping[int, int]) -> Form:

@@ -20,14 +20,14 @@ default, ``keep``, writes N rows and a folder that is really smaller; it is not 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...errors import InputError, UsageError
 from ..base import Draft, MethodInfo, option, required
 from ._groups import Grouping, from_members
-from ._merge import ROUTER_HELP, ROUTERS, plan_merge, transform_merge
+from ._merge import ROUTER_HELP, ROUTERS, decided_counts, plan_merge, transform_merge, undecided
 from ._reconstruct import ReconstructOptions, reconstruct_params
 
 if TYPE_CHECKING:
@@ -55,26 +55,41 @@ class Options(ReconstructOptions):
     allocation: str = option(
         "uniform",
         "uniform: the same number of experts in every layer; global: the paper's allocation over the "
-        "whole model, which needs --router tied to load in stock classes",
+        "whole model, which may leave a layer fewer experts than a token selects: needs --router tied or mapped",
         choices=ALLOCATIONS,
     )
 
 
 def plan(models: Sequence[Model], options: Options) -> Draft:
     """A checkpoint with ``options.experts`` experts a layer."""
-    if options.allocation == "global" and options.router != "tied":
+    return _plan(models, options, None)
+
+
+def settle(models: Sequence[Model], options: Options, decisions: Mapping[str, Any]) -> Draft | None:
+    """The numbers that a global allocation gave, where they are stored as such."""
+    if options.allocation == "uniform" or options.router == "tied":
+        return None
+    return _plan(models, options, decided_counts(decisions))
+
+
+def _plan(models: Sequence[Model], options: Options, counts: dict[int, int] | None) -> Draft:
+    if options.allocation == "global" and options.router not in ("tied", "mapped"):
         raise UsageError(
-            "--allocation global gives layers different numbers of experts, which no stock class loads",
-            hint="add --router tied, or use --allocation uniform",
+            "--allocation global may leave a layer fewer experts than a token selects, which only a router that "
+            "keeps all of its rows works with",
+            hint="add --router tied or mapped, or use --allocation uniform",
         )
     params = {"align": options.align, "router": options.router}
-    return plan_merge(
+    draft = plan_merge(
         models,
         experts=options.experts,
         router=options.router,
         params={**params, **reconstruct_params(options)},
         sample=options.sample if options.reconstruct else 0,
+        counts=counts,
     )
+    waits = options.allocation == "global" and options.router != "tied" and counts is None
+    return undecided(draft) if waits else draft
 
 
 def decide(model: Model, options: Options, statistics: Statistics, seed: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ the same total, found exactly by dynamic programming.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ from ...errors import InputError, UsageError
 from ...seeding import stream
 from ..base import Draft, MethodInfo, option, required
 from ._groups import from_labels
-from ._merge import ROUTER_HELP, ROUTERS, plan_merge, transform_merge
+from ._merge import ROUTER_HELP, ROUTERS, decided_counts, plan_merge, transform_merge, undecided
 from ._reconstruct import ReconstructOptions, reconstruct_params
 
 if TYPE_CHECKING:
@@ -58,18 +58,24 @@ class Options(ReconstructOptions):
     allocation: str = option(
         "uniform",
         "uniform: the same number of experts in every layer; global: counts that minimise the summed "
-        "clustering objective, which needs --router tied to load in stock classes",
+        "clustering objective, whose output loads in stock classes with --router tied or where padding is exact",
         choices=("uniform", "global"),
     )
 
 
 def plan(models: Sequence[Model], options: Options) -> Draft:
     """A checkpoint with ``options.experts`` experts a layer."""
-    if options.allocation == "global" and options.router != "tied":
-        raise UsageError(
-            "--allocation global gives layers different numbers of experts, which no stock class loads",
-            hint="add --router tied, or use --allocation uniform",
-        )
+    return _plan(models, options, None)
+
+
+def settle(models: Sequence[Model], options: Options, decisions: Mapping[str, Any]) -> Draft | None:
+    """The numbers that a global allocation gave, where they are stored as such."""
+    if options.allocation == "uniform" or options.router == "tied":
+        return None
+    return _plan(models, options, decided_counts(decisions))
+
+
+def _plan(models: Sequence[Model], options: Options, counts: dict[int, int] | None) -> Draft:
     if options.rank is not None and options.rank < 1:
         raise UsageError(f"--rank should be at least 1, is {options.rank}")
     if options.rank is not None and options.reconstruct:
@@ -77,13 +83,16 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
             "--rank and --reconstruct exclude each other: solved down projections have full rank"
         )
     params = {"router": options.router, "rank": options.rank}
-    return plan_merge(
+    draft = plan_merge(
         models,
         experts=options.experts,
         router=options.router,
         params={**params, **reconstruct_params(options)},
         sample=options.sample if options.reconstruct else 0,
+        counts=counts,
     )
+    waits = options.allocation == "global" and options.router != "tied" and counts is None
+    return undecided(draft) if waits else draft
 
 
 def decide(model: Model, options: Options, statistics: Statistics, seed: int) -> dict[str, Any]:
