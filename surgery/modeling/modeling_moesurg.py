@@ -18,6 +18,8 @@ from .moesurg_linears import KEY as LINEARS
 from .moesurg_linears import apply as apply_linears
 from .moesurg_lowrank_experts import KEY as LOWRANK_EXPERTS
 from .moesurg_lowrank_experts import apply as apply_lowrank_experts
+from .moesurg_mixed_linears import KEY as MIXED_LINEARS
+from .moesurg_mixed_linears import apply as apply_mixed_linears
 from .moesurg_mixtures import KEY as MIXTURES
 from .moesurg_mixtures import apply as apply_mixtures
 from .moesurg_null_experts import KEY as NULL_EXPERTS
@@ -31,6 +33,7 @@ PARTS = (
     (LOWRANK_EXPERTS, apply_lowrank_experts),
     (SHARED_EXPERTS, apply_shared_experts),
     (LINEARS, apply_linears),
+    (MIXED_LINEARS, apply_mixed_linears),
 )
 """Key in the config and function of every part, in the order in which they change a model."""
 

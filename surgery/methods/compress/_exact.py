@@ -1,0 +1,76 @@
+"""What ``lost`` and ``mc-smoe`` share: rows or columns kept exactly beside a matrix of low rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ...errors import UsageError
+from ..base import Draft
+from ._parts import Entry, Shape, largest_rank, plan_parts
+
+if TYPE_CHECKING:
+    import torch
+
+    from ...architectures.model import Model
+    from ...linalg.lowrank import LowRank
+
+LOWRANK = ("pivot", "factors")
+LOWRANK_HELP = "how the low-rank part is stored: some of its rows and coefficients, or two factors"
+EXACT_HELP = "fraction of a matrix's {} to keep as they are, at least one"
+ROUNDS_HELP = "alternations between what is kept and the subspace of the rest at most"
+
+
+def plan_exact(models: Sequence[Model], options: Any, kept: str) -> Draft:
+    """Plan with a fixed share of rows or columns kept and the largest rank that the ratio then allows.
+
+    Args:
+        options: with ``ratio``, ``form``, ``targets``, ``exact``, ``lowrank`` and ``rounds``.
+        kept: ``rows`` or ``columns``.
+
+    Raises:
+        UsageError: an option out of range.
+    """
+    if not 0 <= options.exact < 1:
+        raise UsageError(f"--exact {options.exact} should be at least 0 and below 1")
+    if options.rounds < 1:
+        raise UsageError(f"--rounds {options.rounds} should be at least 1")
+
+    def entry_of(shape: Shape, dtype: str) -> Entry | None:
+        side = shape[1] if kept == "columns" else shape[0]
+        count = max(1, round(options.exact * side))
+        if count >= side:
+            return None
+        inner = (shape[0], side - count) if kept == "columns" else (side - count, shape[1])
+
+        def make(rank: int) -> Entry:
+            return {"form": kept, "exact": count, "rank": rank, "lowrank": options.lowrank}
+
+        # A part of full rank would save nothing.
+        top = min(inner) - 1
+        rank = largest_rank(make, top, shape, dtype, options.ratio)
+        return make(rank) if rank >= 1 else None
+
+    return plan_parts(
+        models,
+        form=options.form,
+        ratio=options.ratio,
+        targets=options.targets,
+        entry_of=entry_of,
+        params={"rounds": options.rounds},
+    )
+
+
+def inner_tensors(found: LowRank, lowrank: str) -> dict[str, torch.Tensor]:
+    """The tensors of the low-rank part."""
+    from ...linalg.pivot import pack
+
+    if lowrank == "factors":
+        left_MR, right_RN = found.balanced()
+        return {"inner.lowrank_A.weight": right_RN, "inner.lowrank_B.weight": left_MR}
+    packed = pack(found.left_MR, found.right_RN)
+    return {
+        "inner.pivot_rows.weight": packed.rows_RN,
+        "inner.pivot_coef.weight": packed.coef_SR,
+        "inner.pivot_index": packed.index_R,
+    }

@@ -1,0 +1,117 @@
+"""Layers of parts: model code against the stock class with the matrices these stand for, and honest sizes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moesurg.surgery.checkpoint.reader import open_checkpoint
+from moesurg.surgery.errors import InputError, UsageError
+from tests.oracle.helpers import custom, operate, stock, tensors, token_ids
+
+Checkpoint = Callable[..., Path]
+RUNS: dict[str, dict[str, Any]] = {
+    "lost": {"exact": 0.1},
+    "lost-factors": {"exact": 0.1, "lowrank": "factors", "ratio": 0.4},
+    "mc-smoe": {},
+    "dct": {"side": "output"},
+    "dct-input": {"side": "input"},
+    "residual": {"rank": 4, "group": 16},
+    "residual-ternary": {"rank": 3, "bits": "ternary", "group": 24},
+    "residual-int8": {"rank": 0, "bits": "int8", "group": 64},
+}
+
+
+def linear_bytes(folder: Path) -> int:
+    """Bytes of everything below a projection, biases aside."""
+    return sum(
+        info.nbytes
+        for name, info in open_checkpoint(folder).tensors.items()
+        if "_proj." in name and not name.endswith(".bias")
+    )
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_the_parts_compute_what_the_dense_form_does(
+    run: str, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    method = (
+        run.replace("-factors", "")
+        .replace("-input", "")
+        .replace("-ternary", "")
+        .replace("-int8", "")
+    )
+    source = checkpoint("qwen2")
+    options = {"ratio": 0.25, **RUNS[run]}
+    for form in ("parts", "dense"):
+        operate("compress", method, source, tmp_path / form, form=form, **options)
+    one, other, ids = custom(tmp_path / "parts"), stock(tmp_path / "dense"), token_ids(source)
+    with torch.no_grad():
+        first, second = one(input_ids=ids).logits, other(input_ids=ids).logits
+        assert float((first - second).abs().max()) < 2e-4
+        assert float((second - stock(source)(input_ids=ids).logits).abs().max()) > 2e-4
+        texts = [model.generate(ids, max_new_tokens=5, do_sample=False) for model in (one, other)]
+    assert torch.equal(*texts)
+    assert linear_bytes(tmp_path / "parts") <= (1 - options["ratio"]) * linear_bytes(source)
+    assert linear_bytes(tmp_path / "dense") == linear_bytes(source)
+
+
+@pytest.mark.parametrize("method", ["lost", "mc-smoe", "dct", "residual"])
+def test_a_mixture_takes_the_dense_form(
+    method: str, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    source = checkpoint("qwen3_moe")
+    with pytest.raises(InputError, match="--form parts"):
+        operate("compress", method, source, tmp_path / "out", ratio=0.2)
+    operate("compress", method, source, tmp_path / "out", ratio=0.2, form="dense", targets="gate")
+    stock(tmp_path / "out")
+    before, after = tensors(source), tensors(tmp_path / "out")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all("gate_proj" in name for name in changed)
+
+
+def test_a_residual_of_higher_rank_or_seen_text_is_better_where_it_counts(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    source, errors = checkpoint("llama", tokenizer=True), []
+    for rank in (0, 2, 8):
+        out = tmp_path / str(rank)
+        options: dict[str, Any] = {"bits": "ternary", "group": 16, "targets": "up", "form": "dense"}
+        operate("compress", "residual", source, out, ratio=0.2, rank=rank, **options)
+        report = json.loads((out / "report.json").read_text())
+        metrics = [entry for entry in report["units"].values() if "rounding" in entry]
+        errors.append(max(entry["error"] for entry in metrics))
+        assert all(entry["error"] <= entry["rounding"] + 1e-9 for entry in metrics)
+    assert errors == sorted(errors, reverse=True)
+    assert errors[0] > errors[2]
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog, again and again. " * 40)
+    operate(
+        "compress",
+        "residual",
+        source,
+        tmp_path / "seen",
+        ratio=0.2,
+        rank=8,
+        data=(text,),
+        **options,
+    )
+    blind, seen = tensors(tmp_path / "8"), tensors(tmp_path / "seen")
+    assert any(not torch.equal(blind[name], seen[name]) for name in blind)
+
+
+def test_what_cannot_be_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    source, out = checkpoint("llama"), tmp_path / "out"
+    with pytest.raises(InputError, match="takes more than 10%"):
+        operate("compress", "residual", source, out, ratio=0.9, bits="int8")
+    with pytest.raises(UsageError, match="--exact"):
+        operate("compress", "lost", source, out, ratio=0.2, exact=1.0)
+    with pytest.raises(InputError, match="fewer bytes"):
+        operate("compress", "mc-smoe", source, out, ratio=0.95, exact=0.5)
+    assert not out.exists()
