@@ -25,6 +25,7 @@ from . import (
     methods,
     output,
     prune,
+    revert,
     upcycle,
     verify,
 )
@@ -85,6 +86,7 @@ for _command in (
     convert,
     expert,
     adapter,
+    revert,
     calibrate,
     inspect,
     evaluate,

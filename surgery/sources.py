@@ -11,12 +11,13 @@ from typing import Literal, Protocol
 
 from .adapters.adapter import Adapter
 from .architectures.model import Model
-from .checkpoint.formats import ADAPTER, MODEL, format_of
+from .checkpoint.formats import ADAPTER, PACK, format_of
 from .checkpoint.reader import Checkpoint
 from .custom import CustomModel, is_custom_folder
 from .errors import InputError
+from .packs import Pack
 
-Takes = Literal["models", "adapters", "model and adapters", "custom models"]
+Takes = Literal["models", "adapters", "model and adapters", "custom models", "packs"]
 """What a method's sources are; ``model and adapters``: a model first, then adapters of it."""
 
 
@@ -45,12 +46,9 @@ def open_source(folder: Path) -> Source:
     found = format_of(folder)
     if found == ADAPTER:
         return Adapter.open(folder)
-    if found == MODEL:
-        return CustomModel.open(folder) if is_custom_folder(folder) else Model.open(folder)
-    raise InputError(
-        f"{folder}: is a {found.name}, from which nothing can be made directly",
-        hint=f"take out what is in the {found.name} first",
-    )
+    if found == PACK:
+        return Pack.open(folder)
+    return CustomModel.open(folder) if is_custom_folder(folder) else Model.open(folder)
 
 
 def kind_of(folders: Sequence[Path]) -> Takes:
@@ -59,6 +57,14 @@ def kind_of(folders: Sequence[Path]) -> Takes:
     Raises:
         InputError: models and adapters in another order than a model first, or only some of them stock.
     """
+    formats = [format_of(folder) for folder in folders]
+    if all(found == PACK for found in formats):
+        return "packs"
+    if PACK in formats:
+        raise InputError(
+            f"{folders[formats.index(PACK)]}: is a pack, from which nothing else can be made directly",
+            hint="moesurg revert takes out what is in it",
+        )
     ours = [is_custom_folder(folder) for folder in folders]
     if all(ours):
         return "custom models"
@@ -67,7 +73,7 @@ def kind_of(folders: Sequence[Path]) -> Takes:
             f"{folders[ours.index(True)]}: brings model code, other sources do not",
             hint="make a stock model of it first: moesurg convert --expand",
         )
-    adapters = [format_of(folder) == ADAPTER for folder in folders]
+    adapters = [found == ADAPTER for found in formats]
     if not any(adapters):
         return "models"
     if all(adapters):

@@ -9,11 +9,13 @@ from typing import Any, cast
 
 from .adapters.adapter import Adapter
 from .architectures.model import Model
+from .checkpoint.formats import PACK, format_of
 from .checkpoint.header import read_json
 from .checkpoint.hub import resolve
 from .checkpoint.reader import Checkpoint, TensorReader, contained, file_digest, open_checkpoint
 from .errors import InputError, MoesurgError, VerificationError
 from .executors.base import memory_budget
+from .packs import Pack
 from .progress import Progress
 from .report.record import SCHEMA_VERSION, self_digest
 from .seeding import stream
@@ -63,6 +65,8 @@ def verify(
     if isinstance(source, Model):
         loaded = _loads(path, report, progress)
         exactness = _exactness(source, report, reference, device, progress)
+    elif isinstance(source, Pack):
+        loaded, exactness = _pack(source, report)
     elif isinstance(source, Adapter):
         loaded, exactness = verify_adapter(source, report)
     else:
@@ -180,6 +184,13 @@ def _exactness(
     source = _source(report, reference)
     if source is None:
         return promised | {"measured": None, "reference": None}
+    if format_of(source) == PACK:
+        # What a pack lost is in its own report; taking out of it only rounds.
+        return promised | {
+            "measured": _largest(report, "cast_error") or 0.0,
+            "measure": "largest relative rounding of a tensor",
+            "reference": None,
+        }
     from .evaluate import drift, open_either
 
     original = open_either(source)
@@ -198,6 +209,24 @@ def _exactness(
         "measure": LOGITS,
         "reference": str(source),
     }
+
+
+def _pack(pack: Pack, report: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """What a pack holds, and the largest error that the run measured on what will be taken out of it."""
+    return (
+        f"a pack of {len(pack.tasks)}: moesurg revert takes them out",
+        dict(report["exactness"])
+        | {
+            "measured": _largest(report, "error"),
+            "measure": "largest relative error of a change",
+            "reference": None,
+        },
+    )
+
+
+def _largest(report: Mapping[str, Any], key: str) -> float | None:
+    found = [u[key] for u in report["units"].values() if isinstance(u, Mapping) and key in u]
+    return max(found, default=None)
 
 
 def _source(report: Mapping[str, Any], reference: str | None) -> Path | None:

@@ -51,9 +51,18 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Builds a random checkpoint once per session and set of arguments; it must not be changed.
 
     ``checkpoint("qwen3_moe", layout="fused")`` takes the arguments of `fixtures.random_models.build` but for
-    the folder, ``checkpoint("adapter", rank=4)`` those of `fixtures.random_adapters.build`.
+    the folder, ``checkpoint("adapter", rank=4)`` those of `fixtures.random_adapters.build`; ``checkpoint("pack",
+    method="rmm")`` packs three adapters or, for ``tsv-c``, fine-tunes.
     """
     built: dict[object, Path] = {}
+
+    def build_pack(folder: Path, *, method: str, **options: Any) -> Path:
+        from tests.oracle.helpers import operate
+
+        family = "adapter" if method == "rmm" else "llama"
+        sources = [build_once(family, dtype="bfloat16", seed=seed) for seed in range(3)]
+        operate("merge", method, sources, folder, **options)
+        return folder
 
     def build_once(model_type: str, **arguments: Any) -> Path:
         from fixtures import random_adapters
@@ -64,6 +73,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             folder = tmp_path_factory.mktemp(model_type) / "model"
             if model_type == "adapter":
                 built[key] = random_adapters.build(folder, **arguments)
+            elif model_type == "pack":
+                built[key] = build_pack(folder, **arguments)
             else:
                 built[key] = build(model_type, folder, **arguments)
         return built[key]

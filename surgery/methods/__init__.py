@@ -22,6 +22,7 @@ FOLDERS = {
     "expert": ("expert",),
     "merge": ("experts", "models", "adapters"),
     "prune": ("prune",),
+    "revert": ("revert",),
     "upcycle": ("upcycle",),
 }
 """Which folders hold the methods of a command."""
@@ -33,11 +34,19 @@ BY_NAME = frozenset({"adapter", "expert"})
 """Commands of which every method is a subcommand."""
 
 
+BY_SOURCE = frozenset({"revert"})
+"""Commands whose method the source decides."""
+
+
 def spelt(command: str, method: str, sources: Sequence[str] = ()) -> list[str]:
     """How a command line begins that calls a method, without the program's name and the method's options."""
     if command in BY_NAME:
         return [command, method, *sources]
-    return [command, *sources] if command in BY_FLAG else [command, *sources, "--method", method]
+    return (
+        [command, *sources]
+        if command in BY_FLAG | BY_SOURCE
+        else [command, *sources, "--method", method]
+    )
 
 
 @cache

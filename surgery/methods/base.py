@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ..weights import Weights
 
 DataNeed = Literal["none", "routed", "all-expert", "gram"]
-Tier = Literal["stock", "padded", "custom"]
+Tier = Literal["stock", "padded", "custom", "pack"]
 FormatName = Literal["model", "adapter", "pack"]
 
 

@@ -44,6 +44,12 @@ def common_licence(folders: Sequence[Path]) -> str | None:
     return next(iter(named.values()), None)
 
 
+_LOADS = {
+    "adapter": "PEFT adapter",
+    "pack": "a pack, out of which `moesurg revert` takes each input",
+}
+
+
 def card(
     record: Mapping[str, Any],
     sources: Sequence[str],
@@ -88,7 +94,7 @@ def card(
         "",
         f"* parameters: {parameters['before']:,} before, {parameters['after']:,} after",
         f"* relation to the source: {exactness['kind']} ({exactness['reason']})",
-        f"* loads as: {'PEFT adapter' if adapter else record['tier']}",
+        f"* loads as: {_LOADS.get(record['format'], record['tier'])}",
         f"* tensors copied unchanged: {record['unchanged']}",
     ]
     if record["statistics"]:

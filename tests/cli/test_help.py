@@ -32,7 +32,7 @@ def parameters_of(command: str, method: str | None = None) -> list[Any]:
     if command in methods.BY_NAME and method is not None:
         group = group.get_command(None, method)
     found = list(group.params)
-    if method is not None:
+    if method is not None and command not in methods.BY_SOURCE:
         found += method_options.parameters(methods.load(command, method), taken=found)
     return found
 
@@ -48,6 +48,7 @@ def test_the_commands_are_the_documented_ones() -> None:
         "calibrate",
         "inspect",
         "eval",
+        "revert",
         "verify",
         "methods",
     }
@@ -82,6 +83,8 @@ def test_every_method_explains_itself(
     if method.command in methods.BY_FLAG:
         (own, *_) = dataclasses.fields(method.options)
         chosen = [f"--{method.name}", *own.metadata["choices"][:1]]
+    if method.command in methods.BY_SOURCE:
+        chosen = []
     if method.command in methods.BY_NAME:
         shown = call_cli(method.command, method.name, "--help")
     else:

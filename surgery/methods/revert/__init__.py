@@ -1,0 +1,1 @@
+"""Taking one input out of a pack."""
