@@ -26,12 +26,15 @@ from .moesurg_null_experts import KEY as NULL_EXPERTS
 from .moesurg_null_experts import apply as apply_null_experts
 from .moesurg_shared_experts import KEY as SHARED_EXPERTS
 from .moesurg_shared_experts import apply as apply_shared_experts
+from .moesurg_ternary_experts import KEY as TERNARY_EXPERTS
+from .moesurg_ternary_experts import apply as apply_ternary_experts
 
 PARTS = (
     (MIXTURES, apply_mixtures),
     (NULL_EXPERTS, apply_null_experts),
     (LOWRANK_EXPERTS, apply_lowrank_experts),
     (SHARED_EXPERTS, apply_shared_experts),
+    (TERNARY_EXPERTS, apply_ternary_experts),
     (LINEARS, apply_linears),
     (MIXED_LINEARS, apply_mixed_linears),
 )

@@ -65,6 +65,7 @@ SOURCES: dict[str, list[tuple[str, dict[str, Any]]]] = {
 }
 """Sources that every method of a command takes, and those of methods that need others."""
 OPTIONS: dict[str, dict[str, Any]] = {
+    "upcycle ternary": {"experts": 3},
     "upcycle split": {"experts": 2},
     "upcycle virtual-groups": {"granularity": 2},
     "convert layout": {"layout": "fused"},

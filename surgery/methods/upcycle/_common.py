@@ -236,6 +236,28 @@ def neutral_units(mixture: Mixture, layer: Layer) -> list[Unit]:
     ]
 
 
+def whole_shared(mixture: Mixture, layer: Layer) -> tuple[list[Unit], Moves]:
+    """The whole feed-forward as the shared expert: units and byte moves.
+
+    A sigmoid gate in front of it gets a row of zeros, which is 1/2 for every token, and the down projection is
+    doubled, which costs no rounding.
+    """
+    shared = mixture.shared(layer)
+    moves: Moves = [(layer.ffn[role], [shared[role]]) for role in ("gate", "up")]
+    if "switch" not in shared:
+        return [], [*moves, (layer.ffn["down"], [shared["down"]])]
+    unit = Unit(
+        f"layer.{layer.index}.shared",
+        "transform",
+        layer.index,
+        reads=(layer.ffn["down"],),
+        writes=(shared["down"], shared["switch"]),
+        params={"part": "double"},
+        memory=16 * layer.ffn["down"].count,
+    )
+    return [unit], moves
+
+
 def copies(layer: Layer, experts: Experts) -> Moves:
     """The whole feed-forward into every expert."""
     return [
@@ -261,7 +283,7 @@ def identical_experts(mixture: Mixture) -> Exactness:
 
 
 def fill_common(work: Work) -> dict[str, object] | None:
-    """Run a unit of `router_unit` or `neutral_units`; None if it is the method's own."""
+    """Run a unit of `router_unit`, `neutral_units` or `whole_shared`; None if it is the method's own."""
     part = work.params["part"]
     if part == "router":
         return _draw_router(work)
@@ -269,6 +291,8 @@ def fill_common(work: Work) -> dict[str, object] | None:
         return _fill_neutral(work)
     if part == "zeros":
         return _fill_zeros(work)
+    if part == "double":
+        return _double(work)
     return None
 
 
@@ -312,6 +336,15 @@ def _fill_zeros(work: Work) -> dict[str, object]:
 
     for region in work.unit.writes:
         work.write(region, torch.zeros(region.shape))
+    return {}
+
+
+def _double(work: Work) -> dict[str, object]:
+    import torch
+
+    down, switch = work.unit.writes
+    work.write(down, 2 * work.read(work.unit.reads[0]))
+    work.write(switch, torch.zeros(switch.shape))
     return {}
 
 

@@ -73,22 +73,8 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
 
     def fill(layer: Layer, experts: Experts) -> tuple[list[Unit], common.Moves]:
         units = [common.router_unit(layer, experts, options.router_std)]
-        shared = mixture.shared(layer)
-        moves: common.Moves = [(layer.ffn[role], [shared[role]]) for role in ("gate", "up")]
-        if "switch" in shared:
-            units.append(
-                Unit(
-                    f"layer.{layer.index}.shared",
-                    "transform",
-                    layer.index,
-                    reads=(layer.ffn["down"],),
-                    writes=(shared["down"], shared["switch"]),
-                    params={"part": "double"},
-                    memory=16 * experts.hidden * neurons,
-                )
-            )
-        else:
-            moves.append((layer.ffn["down"], [shared["down"]]))
+        own, moves = common.whole_shared(mixture, layer)
+        units.extend(own)
         if width == neurons:
             moves.extend(common.copies(layer, experts)[:2])
         for expert in range(experts.count):
@@ -106,11 +92,6 @@ def transform(work: Work) -> dict[str, object]:
     done = common.fill_common(work)
     if done is not None:
         return done
-    if work.params["part"] == "double":
-        down, switch = work.unit.writes
-        work.write(down, 2 * work.read(work.unit.reads[0]))
-        work.write(switch, torch.zeros(switch.shape))
-        return {}
     *copied, down = work.unit.writes
     if copied:
         neurons = work.unit.reads[0].shape[0]
