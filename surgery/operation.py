@@ -277,6 +277,8 @@ class _Job:
             "seed": self.plan.seed,
             "max_shard_bytes": self.plan.max_shard_bytes,
             "sources": [header_digest(source.checkpoint) for source in self.sources],
+            # Options may name files, such as a table of ranks, that are something else now.
+            "plan": self.plan.digest,
             "statistics": None if self.statistics is None else self.statistics.identity,
         }
 
@@ -407,6 +409,7 @@ class _Job:
                 self.draft.config, own_code=self.draft.tier == "custom"
             ),
             **self.draft.files,
+            **{name: make(self.plan.units, metrics) for name, make in self.draft.results.items()},
         }
         if len(self.shards) > 1:
             small[FORMATS[self.draft.format].index] = index_json(self.shards)

@@ -18,7 +18,9 @@ from .sources import Source
 
 TERMS = ("LICENSE*", "NOTICE*")
 CARRIED = (*PATTERNS, *TERMS)
-OWN = frozenset({"report.json", "README.md", *(found.config for found in FORMATS.values())})
+OWN = frozenset(
+    {"report.json", "README.md", "rank_plan.json", *(found.config for found in FORMATS.values())}
+)
 """Files that every output has anew."""
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from hashlib import sha256
 from typing import Any, Literal
 
 from .checkpoint.dtypes import BITS, nbytes
@@ -147,6 +148,12 @@ class Plan:
             and move.writes[0].shape == move.read.shape
             for move in moves
         )
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what the run makes, wherever its sources and statistics lie."""
+        made = replace(self, sources=(), statistics="")
+        return sha256(made.to_json().encode()).hexdigest()
 
     @property
     def memory(self) -> int:

@@ -43,10 +43,7 @@ def truncate_whitened(
         raise UsageError(
             f"a Gram matrix of shape {list(gram_NN.shape)} is not one of inputs of {columns}"
         )
-    wide_MN, c_NN = matrix_MN.double(), gram_NN.double()
-    c_NN = (c_NN + c_NN.T) / 2
-    if damping:
-        c_NN = c_NN + damping * c_NN.diagonal().mean() * torch.eye(columns, dtype=c_NN.dtype)
+    wide_MN, c_NN = matrix_MN.double(), damped(gram_NN, damping)
     # Two decompositions of N against one of M.
     left_MR, values = (
         _on_the_input_side(wide_MN, c_NN, rank)
@@ -55,6 +52,34 @@ def truncate_whitened(
     )
     total, kept = float(values.sum()), float(values[:rank].sum())
     return LowRank(left_MR, left_MR.T @ wide_MN, max(0.0, total - kept) ** 0.5, total**0.5)
+
+
+def damped(gram_NN: torch.Tensor, damping: float) -> torch.Tensor:
+    """A Gram matrix, float64 and symmetric, with a multiple of its mean diagonal added to the diagonal."""
+    c_NN = gram_NN.double()
+    c_NN = (c_NN + c_NN.T) / 2
+    if damping:
+        size = len(c_NN)
+        c_NN = c_NN + damping * c_NN.diagonal().mean() * torch.eye(size, dtype=c_NN.dtype)
+    return c_NN
+
+
+def whitened_values(
+    matrix_MN: torch.Tensor, gram_NN: torch.Tensor, *, damping: float = 0.0
+) -> torch.Tensor:
+    """Singular values of X W^T for the inputs X behind a Gram matrix, largest first: float64 [min(M, N)].
+
+    Their squares' tail is the squared loss of :func:`truncate_whitened` at a rank.
+    """
+    wide_MN, c_NN = matrix_MN.double(), damped(gram_NN, damping)
+    if wide_MN.shape[0] > wide_MN.shape[1]:
+        strengths, axes = torch.linalg.eigh(_finite(c_NN))
+        seen_MN = wide_MN @ (axes * strengths.clamp_min(0).sqrt())
+        product = seen_MN.T @ seen_MN
+    else:
+        product = wide_MN @ c_NN @ wide_MN.T
+    values: torch.Tensor = torch.linalg.eigvalsh(_finite((product + product.T) / 2))
+    return values.flip(0).clamp_min(0).sqrt()
 
 
 def truncate_scaled(matrix_MN: torch.Tensor, scale_N: torch.Tensor, rank: int) -> LowRank:

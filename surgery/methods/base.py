@@ -97,6 +97,7 @@ class Draft:
         notes: sentences for plan and report.
         sample: rows of each mixture's input that these options need; ``work.inputs()`` gives them.
         files: further small files of the output by name, such as model code.
+        results: further small files by name that need the units' metrics, each made of (units, metrics by unit).
         format: what the output is.
         data: statistics that these options need, where they need others than ``MethodInfo.data`` says.
     """
@@ -109,6 +110,9 @@ class Draft:
     notes: Sequence[str] = ()
     sample: int = 0
     files: Mapping[str, bytes] = field(default_factory=dict)
+    results: Mapping[str, Callable[[Sequence[Unit], Mapping[str, Any]], bytes]] = field(
+        default_factory=dict
+    )
     format: FormatName = "model"
     data: DataNeed | None = None
 

@@ -7,8 +7,8 @@ import pytest
 
 from moesurg.surgery.errors import UsageError
 from moesurg.surgery.linalg.spectrum import cut, places, pooled_threshold
+from moesurg.surgery.methods.compress._allocate import Item, thresholded
 from moesurg.surgery.methods.compress._ranks import stored
-from moesurg.surgery.methods.compress.welore import choose_ranks
 
 KNOWN = np.array([10, 6, 4, 3, 2, 1, 0.5, 0])
 
@@ -72,8 +72,9 @@ def test_ranks_meet_the_ratio_and_never_store_more(
         name: places(np.sort(generator.exponential(size=min(shape)) ** 2)[::-1], "minmax")
         for name, shape in shapes.items()
     }
-    threshold, ranks = choose_ranks(
-        found, shapes, form=form, ratio=ratio, least_cut=least_cut, align=1
+    items = {name: Item(shape, 1, found[name]) for name, shape in shapes.items()}
+    threshold, ranks = thresholded(
+        items, found, form=form, ratio=ratio, least_cut=least_cut, align=1
     )
     before = after = 0
     for name, shape in shapes.items():

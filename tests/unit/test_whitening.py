@@ -7,7 +7,12 @@ import torch
 
 from moesurg.surgery.errors import UsageError
 from moesurg.surgery.linalg.lowrank import truncate
-from moesurg.surgery.linalg.whitening import truncate_scaled, truncate_shifted, truncate_whitened
+from moesurg.surgery.linalg.whitening import (
+    truncate_scaled,
+    truncate_shifted,
+    truncate_whitened,
+    whitened_values,
+)
 
 
 def normal(*shape: int, seed: int) -> torch.Tensor:
@@ -75,3 +80,18 @@ def test_inputs_that_are_not_shifted_give_the_whitened_truncation() -> None:
         assert torch.allclose(found.product(), plain.product(), atol=1e-9)
     with pytest.raises(UsageError, match="Gram"):
         truncate_shifted(matrix, gram, gram[:4, :4], 3)
+
+
+@pytest.mark.parametrize("shape", [(7, 12), (30, 6)])
+def test_the_spectrum_of_outputs_tells_the_loss_of_every_rank(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(4)
+    weight_MN = torch.randn(*shape, generator=generator, dtype=torch.float64)
+    inputs_TN = torch.randn(50, shape[1], generator=generator, dtype=torch.float64)
+    gram_NN = inputs_TN.T @ inputs_TN
+    values_P = whitened_values(weight_MN, gram_NN)
+    assert values_P.numpy() == pytest.approx(
+        torch.linalg.svdvals(inputs_TN @ weight_MN.T)[: min(shape)].numpy(), rel=1e-9
+    )
+    for rank in (1, 3, 5):
+        lost = truncate_whitened(weight_MN, gram_NN, rank).error
+        assert lost == pytest.approx(float(values_P[rank:].square().sum() ** 0.5), rel=1e-6)

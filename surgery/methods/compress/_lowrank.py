@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...architectures.linears import GROUPS, Linear, linears
+from ...checkpoint.dtypes import nbytes
 from ...checkpoint.layout import TensorSpec
 from ...checkpoint.region import Region
 from ...errors import InputError, UsageError
@@ -21,31 +23,36 @@ if TYPE_CHECKING:
     from ...execute import Work
     from ...linalg.lowrank import LowRank
 
+RANK_PLAN = "rank_plan.json"
+
 RATIO_HELP = "fraction of the targeted matrices' numbers to remove, above 0 and below 1 (0.2: a fifth is removed)"
 FORM_HELP = (
     "how a matrix of low rank is stored; pivot: some of its rows and the coefficients of the others; factors: two "
     "matrices; dense: as before, at the rank of the pivot form, which saves nothing and loads as stock"
 )
 TARGETS_HELP = "what to compress: all, or a comma-separated list of attention, ffn and single roles such as q,k,down"
-ALIGN_HELP = "round ranks down to a multiple of this where a matrix is large enough; 1 keeps all"
+ALIGN_HELP = "round ranks down to a multiple of this where a matrix has 64 of it on its small side; 1 keeps all"
 
 
 def plan_lowrank(
     models: Sequence[Model],
     *,
     form: str,
-    ratio: float,
+    ratio: float | None,
     targets: str,
     align: int,
     params: dict[str, Any],
     memory: int = 0,
     chosen_ranks: Mapping[str, int] | None = None,
+    in_bytes: bool = False,
 ) -> Draft:
     """The model with its targeted linear layers at uniform ranks, or at those a method decided on.
 
     Args:
+        ratio: not needed where ranks are given.
         params: what the transform needs to know, the same for every unit.
         chosen_ranks: ranks by the linear layers' labels; a layer that is absent stays as it is.
+        in_bytes: an index counts what it takes on the disk, not as one number.
         memory: multiple of the input width squared, in bytes, that a unit needs beyond its matrix.
 
     Raises:
@@ -55,7 +62,7 @@ def plan_lowrank(
     if len(models) != 1:
         raise InputError(f"compressing takes one model, {len(models)} were given")
     model = models[0]
-    if not 0 < ratio < 1:
+    if ratio is not None and not 0 < ratio < 1:
         raise UsageError(f"--ratio {ratio} should be above 0 and below 1")
     if align < 1:
         raise UsageError(f"--align {align} should be at least 1")
@@ -66,15 +73,22 @@ def plan_lowrank(
             hint="use --form dense",
         )
     chosen = choose(model, targets)
-    counts = Counter(_shape(linear.region) for linear in chosen)
-    ranks = uniform_ranks(counts, form, ratio, align)
-    given = {linear.label: ranks.ranks.get(_shape(linear.region), 0) for linear in chosen}
-    if chosen_ranks is not None:
-        given = {linear.label: chosen_ranks.get(linear.label, 0) for linear in chosen}
+    index = 4 / min(nbytes(model.dtype(linear.region.tensor), (1,)) for linear in chosen)
+    if chosen_ranks is None:
+        counts = Counter(shape_of(linear.region) for linear in chosen)
+        by_shape = uniform_ranks(counts, form, ratio or 0.0, align, index if in_bytes else 1.0)
+        chosen_ranks = {
+            linear.label: by_shape.ranks.get(shape_of(linear.region), 0) for linear in chosen
+        }
+    given = {}
+    for linear in chosen:
+        # Whatever was asked for: what would take as many bytes as before stays as it is.
+        rank, shape = chosen_ranks.get(linear.label, 0), shape_of(linear.region)
+        given[linear.label] = rank if stored(form, shape, rank, index) < shape[0] * shape[1] else 0
     if not any(given.values()):
         raise InputError(
             f"{model.folder}: no targeted matrix is large enough to be stored with "
-            f"{ratio:.0%} fewer numbers in the {form} form",
+            f"{'' if ratio is None else f'{ratio:.0%} '}fewer numbers in the {form} form",
             hint="use a smaller --ratio",
         )
     cut = {linear.region: linear for linear in chosen if given[linear.label]}
@@ -87,7 +101,14 @@ def plan_lowrank(
         config, files = _custom(model, cut, given, form)
     tier: Any = "stock" if form == "dense" else "custom"
     return Draft(
-        config, tensors, units, Exactness("approximate", why), tier=tier, notes=notes, files=files
+        config,
+        tensors,
+        units,
+        Exactness("approximate", why),
+        tier=tier,
+        notes=notes,
+        files=files,
+        results={RANK_PLAN: rank_table},
     )
 
 
@@ -148,9 +169,36 @@ def write_lowrank(work: Work, found: LowRank) -> dict[str, object]:
     return {"rank": found.rank, "error": found.relative_error, "stored_error": lost}
 
 
-def _shape(region: Region) -> tuple[int, int]:
+def shape_of(region: Region) -> tuple[int, int]:
+    """[out, in] of a matrix."""
     rows, columns = region.shape
     return rows, columns
+
+
+_shape = shape_of
+
+
+def stored_name(linear: Linear) -> str:
+    """What tables of ranks call a matrix: its weight's name without the end, an expert's with its number."""
+    if linear.expert is None:
+        return linear.region.tensor.removesuffix(".weight")
+    prefix = linear.region.tensor.partition(f"layers.{linear.layer}.")[0]
+    return f"{prefix}layers.{linear.layer}.mlp.experts.{linear.expert}.{linear.role}_proj"
+
+
+def rank_table(units: Sequence[Unit], metrics: Mapping[str, Any]) -> bytes:
+    """The contents of ``rank_plan.json``: rank, form and relative error of every matrix that was replaced."""
+    entries = {
+        unit.params["name"]: {
+            "rank": unit.params["rank"],
+            "form": unit.params["form"],
+            "error": metrics[unit.id]["error"],
+        }
+        for unit in units
+        if "rank" in unit.params
+    }
+    table = {"schema_version": 1, "matrices": entries}
+    return (json.dumps(table, indent=1) + "\n").encode()
 
 
 def _output(
@@ -173,10 +221,10 @@ def _output(
         here = parts.get(name, [])
         specs = [TensorSpec(name, dtype, whole.shape)]
         if here and form != "dense":
-            specs = _specs(name, dtype, _shape(whole), ranks[here[0].label], form)
+            specs = _specs(name, dtype, shape_of(whole), ranks[here[0].label], form)
         tensors.extend(specs)
         for linear in here:
-            rows, columns = _shape(linear.region)
+            rows, columns = shape_of(linear.region)
             writes = (
                 (dataclasses.replace(linear.region, source=0),)
                 if form == "dense"
@@ -195,6 +243,7 @@ def _output(
                         "dtype": dtype,
                         "rank": ranks[linear.label],
                         "input": linear.module,
+                        "name": stored_name(linear),
                     },
                     # The matrix, its approximation and their difference in float64, and a decomposition.
                     memory=40 * rows * columns + 32 * min(rows, columns) ** 2 + memory * columns**2,
@@ -262,10 +311,10 @@ def _notes(
     found: dict[tuple[int, int], set[int]] = {}
     before = after = 0
     for linear in chosen:
-        rows, columns = _shape(linear.region)
+        rows, columns = shape_of(linear.region)
         rank = ranks[linear.label]
         before += rows * columns
-        after += stored(form, (rows, columns), rank) if rank else rows * columns
+        after += int(stored(form, (rows, columns), rank)) if rank else rows * columns
         if rank:
             found.setdefault((rows, columns), set()).add(rank)
     listed = ", ".join(

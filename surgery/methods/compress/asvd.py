@@ -15,26 +15,23 @@ matrix ignored, ``--alpha 0`` is ``svd``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...errors import UsageError
-from ..base import Draft, MethodInfo, option, required
-from ._lowrank import (
-    ALIGN_HELP,
-    FORM_HELP,
-    FORMS,
-    RATIO_HELP,
-    TARGETS_HELP,
-    plan_lowrank,
-    write_lowrank,
-)
+from ..base import Draft, MethodInfo, option
+from ._lowrank import write_lowrank
+from ._ranked import RankOptions, decided_ranks, plan_ranked
 
 if TYPE_CHECKING:
+    import torch
+
+    from ...architectures.linears import Linear
     from ...architectures.model import Model
     from ...calibration.gram_folder import Grams
     from ...execute import Work
+    from ...weights import Weights
 
 INFO = MethodInfo(
     summary="lower rank with input channels weighed by their strength on text",
@@ -46,40 +43,46 @@ INFO = MethodInfo(
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(RankOptions):
     """What the user chooses."""
 
-    ratio: float = required(RATIO_HELP)
-    form: str = option("pivot", FORM_HELP, choices=FORMS)
-    targets: str = option("all", TARGETS_HELP)
-    align: int = option(16, ALIGN_HELP)
     alpha: float = option(0.5, "exponent of a channel's strength; 0 weighs all channels alike")
 
 
-def plan(models: Sequence[Model], options: Options) -> Draft:
-    """Uniform ranks for every targeted matrix.
+def plan(
+    models: Sequence[Model], options: Options, decisions: Mapping[str, Any] | None = None
+) -> Draft:
+    """Every targeted matrix at its rank.
 
     Raises:
         UsageError: an option out of range.
     """
     if not 0 <= options.alpha <= 2:
         raise UsageError(f"--alpha {options.alpha} should be from 0 to 2")
-    return plan_lowrank(
-        models,
-        form=options.form,
-        ratio=options.ratio,
-        targets=options.targets,
-        align=options.align,
-        params={"alpha": options.alpha},
-        memory=16,
-    )
+    return plan_ranked(models, options, {"alpha": options.alpha}, decisions, memory=16)
 
 
-def decide(model: Model, options: Options, statistics: Grams, seed: int) -> dict[str, Any]:
-    """Nothing is decided but that every layer has its matrices; tells how many inputs they sum."""
+def decide_from_weights(
+    model: Model, options: Options, statistics: Grams, weights: Weights, seed: int
+) -> dict[str, Any]:
+    """How many inputs each layer's matrices sum; ranks by the scaled spectra, where they are not uniform."""
     from ...calibration.gram_folder import layer_statistics
+    from ...linalg.lowrank import singular_values
 
-    return layer_statistics(statistics, model)
+    def spectrum(linear: Linear, matrix_MN: torch.Tensor) -> torch.Tensor:
+        gram_NN, rows = statistics.read(linear.layer, linear.module)
+        return singular_values(matrix_MN.double() * _scale(gram_NN, rows, options.alpha))
+
+    decided: dict[str, Any] = dict(layer_statistics(statistics, model))
+    for layer, found in (decided_ranks(model, options, weights, spectrum) or {}).items():
+        decided[layer].update(found)
+    return decided
+
+
+def settle(models: Sequence[Model], options: Options, decisions: dict[str, Any]) -> Draft | None:
+    """The output at the decided ranks."""
+    ranked = {layer: found for layer, found in decisions.items() if "ranks" in found}
+    return plan(models, options, ranked) if ranked else None
 
 
 def transform(work: Work) -> dict[str, object]:
@@ -89,7 +92,11 @@ def transform(work: Work) -> dict[str, object]:
 
     (region,) = work.unit.reads
     gram_NN, rows = Grams.open(work.statistics).read(work.layer, work.params["input"])
-    squares_N = gram_NN.diagonal().double() / max(rows, 1)
-    scale_N = squares_N.clamp_min(0).sqrt() ** work.params["alpha"]
+    scale_N = _scale(gram_NN, rows, work.params["alpha"])
     found = truncate_scaled(work.read(region), scale_N, work.params["rank"])
     return {**write_lowrank(work, found), "inputs": rows}
+
+
+def _scale(gram_NN: torch.Tensor, rows: int, alpha: float) -> torch.Tensor:
+    squares_N = gram_NN.diagonal().double() / max(rows, 1)
+    return squares_N.clamp_min(0).sqrt() ** alpha

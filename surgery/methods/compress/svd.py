@@ -1,7 +1,7 @@
 """Plain truncation: every matrix becomes the nearest one of lower rank, in the Frobenius norm.
 
 W = U S V^T is cut to its largest R singular values (Eckart and Young 1936), found through the Gram matrix on the
-small side in float64; the factors come from W itself. ``--randomised`` uses a random sketch with power
+small side in float64; the factors come from W itself. ``--fast`` uses a random sketch with power
 iterations instead (Halko, Martinsson and Tropp, arXiv:0909.4061), which is faster for ranks below a tenth of the
 matrix and loses up to a few per cent more.
 
@@ -14,24 +14,19 @@ of the numbers that the form really stores. Routers, norms, embeddings and the h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ..base import Draft, MethodInfo, option, required
-from ._lowrank import (
-    ALIGN_HELP,
-    FORM_HELP,
-    FORMS,
-    RATIO_HELP,
-    TARGETS_HELP,
-    plan_lowrank,
-    write_lowrank,
-)
+from ..base import Draft, MethodInfo, option
+from ._lowrank import write_lowrank
+from ._ranked import RankOptions, decided_ranks, plan_ranked
 
 if TYPE_CHECKING:
     from ...architectures.model import Model
+    from ...calibration.statistics import Statistics
     from ...execute import Work
+    from ...weights import Weights
 
 INFO = MethodInfo(
     summary="nearest matrices of lower rank, in two factors or in pivot rows",
@@ -43,26 +38,36 @@ INFO = MethodInfo(
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(RankOptions):
     """What the user chooses."""
 
-    ratio: float = required(RATIO_HELP)
-    form: str = option("pivot", FORM_HELP, choices=FORMS)
-    targets: str = option("all", TARGETS_HELP)
-    align: int = option(16, ALIGN_HELP)
-    randomised: bool = option(False, "use a random sketch instead of the exact decomposition")
+    fast: bool = option(False, "use a random sketch instead of the exact decomposition")
 
 
-def plan(models: Sequence[Model], options: Options) -> Draft:
-    """Uniform ranks for every targeted matrix."""
-    return plan_lowrank(
-        models,
-        form=options.form,
-        ratio=options.ratio,
-        targets=options.targets,
-        align=options.align,
-        params={"randomised": options.randomised},
-    )
+def plan(
+    models: Sequence[Model], options: Options, decisions: Mapping[str, Any] | None = None
+) -> Draft:
+    """Every targeted matrix at its rank."""
+    return plan_ranked(models, options, {"fast": options.fast}, decisions)
+
+
+def decide_from_weights(
+    model: Model,
+    options: Options,
+    statistics: Statistics | None,
+    weights: Weights,
+    seed: int,
+) -> dict[str, Any]:
+    """Ranks by the matrices' own singular values, where they are not uniform."""
+    from ...linalg.lowrank import singular_values
+
+    found = decided_ranks(model, options, weights, lambda _, matrix_MN: singular_values(matrix_MN))
+    return found or {}
+
+
+def settle(models: Sequence[Model], options: Options, decisions: dict[str, Any]) -> Draft | None:
+    """The output at the decided ranks."""
+    return plan(models, options, decisions) if decisions else None
 
 
 def transform(work: Work) -> dict[str, object]:
@@ -71,7 +76,7 @@ def transform(work: Work) -> dict[str, object]:
 
     (region,) = work.unit.reads
     matrix, rank = work.read(region), work.params["rank"]
-    if work.params["randomised"]:
+    if work.params["fast"]:
         found = truncate_randomised(matrix, rank, work.rng("sketch", work.unit.id))
     else:
         found = truncate(matrix, rank)

@@ -12,31 +12,28 @@ All Gram matrices are those of the original model: the paper's sequential update
 again after each compressed layer, is left out. ``--damping`` adds a multiple of the mean diagonal to C, so that
 directions the text did not show are not cut for free. All experts of a mixture use the Gram matrix of the mixture's
 input for gate and up; down uses each expert's own, and the plain truncation where no token chose the expert.
-Ranks and forms are those of ``svd``.
+Ranks and forms are those of ``svd``; ``--allocate`` goes by the losses on the outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...errors import UsageError
-from ..base import Draft, MethodInfo, option, required
-from ._lowrank import (
-    ALIGN_HELP,
-    FORM_HELP,
-    FORMS,
-    RATIO_HELP,
-    TARGETS_HELP,
-    plan_lowrank,
-    write_lowrank,
-)
+from ..base import Draft, MethodInfo, option
+from ._lowrank import write_lowrank
+from ._ranked import RankOptions, decided_ranks, plan_ranked
 
 if TYPE_CHECKING:
+    import torch
+
+    from ...architectures.linears import Linear
     from ...architectures.model import Model
     from ...calibration.gram_folder import Grams
     from ...execute import Work
+    from ...weights import Weights
 
 INFO = MethodInfo(
     summary="lower rank that keeps every layer's outputs on text",
@@ -48,42 +45,51 @@ INFO = MethodInfo(
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(RankOptions):
     """What the user chooses."""
 
-    ratio: float = required(RATIO_HELP)
-    form: str = option("pivot", FORM_HELP, choices=FORMS)
-    targets: str = option("all", TARGETS_HELP)
-    align: int = option(16, ALIGN_HELP)
     damping: float = option(
         1e-4, "multiple of the mean of the Gram matrix's diagonal that is added to it"
     )
 
 
-def plan(models: Sequence[Model], options: Options) -> Draft:
-    """Uniform ranks for every targeted matrix.
+def plan(
+    models: Sequence[Model], options: Options, decisions: Mapping[str, Any] | None = None
+) -> Draft:
+    """Every targeted matrix at its rank.
 
     Raises:
         UsageError: an option out of range.
     """
     if not 0 <= options.damping < float("inf"):
         raise UsageError(f"--damping {options.damping} should be at least 0")
-    return plan_lowrank(
-        models,
-        form=options.form,
-        ratio=options.ratio,
-        targets=options.targets,
-        align=options.align,
-        params={"damping": options.damping},
-        memory=40,
-    )
+    return plan_ranked(models, options, {"damping": options.damping}, decisions, memory=40)
 
 
-def decide(model: Model, options: Options, statistics: Grams, seed: int) -> dict[str, Any]:
-    """Nothing is decided but that every layer has its matrices; tells how many inputs they sum."""
+def decide_from_weights(
+    model: Model, options: Options, statistics: Grams, weights: Weights, seed: int
+) -> dict[str, Any]:
+    """How many inputs each layer's matrices sum; ranks by the losses on outputs, where they are not uniform."""
     from ...calibration.gram_folder import layer_statistics
+    from ...linalg.lowrank import singular_values
+    from ...linalg.whitening import whitened_values
 
-    return layer_statistics(statistics, model)
+    def spectrum(linear: Linear, matrix_MN: torch.Tensor) -> torch.Tensor:
+        gram_NN, _ = statistics.read(linear.layer, linear.module)
+        if not bool(gram_NN.any()):
+            return singular_values(matrix_MN)
+        return whitened_values(matrix_MN, gram_NN, damping=options.damping)
+
+    decided: dict[str, Any] = dict(layer_statistics(statistics, model))
+    for layer, found in (decided_ranks(model, options, weights, spectrum) or {}).items():
+        decided[layer].update(found)
+    return decided
+
+
+def settle(models: Sequence[Model], options: Options, decisions: dict[str, Any]) -> Draft | None:
+    """The output at the decided ranks."""
+    ranked = {layer: found for layer, found in decisions.items() if "ranks" in found}
+    return plan(models, options, ranked) if ranked else None
 
 
 def transform(work: Work) -> dict[str, object]:

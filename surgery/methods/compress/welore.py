@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import InputError, UsageError
 from ..base import Draft, MethodInfo, option, required
+from ._allocate import Item, thresholded
 from ._lowrank import (
     FORM_HELP,
     FORMS,
@@ -30,9 +31,9 @@ from ._lowrank import (
     TARGETS_HELP,
     choose,
     plan_lowrank,
+    shape_of,
     write_lowrank,
 )
-from ._ranks import stored
 
 if TYPE_CHECKING:
     from ...architectures.model import Model
@@ -96,13 +97,14 @@ def decide_from_weights(
 
     chosen = choose(model, options.targets)
     found: dict[str, Values] = {}
+    items: dict[str, Item] = {}
     for linear in weights.track(chosen):
         values_P = singular_values(weights.read(linear.region)).numpy()
         found[linear.label] = places(values_P, options.normalise)
-    shapes = {linear.label: (linear.region.shape[0], linear.region.shape[1]) for linear in chosen}
-    threshold, ranks = choose_ranks(
+        items[linear.label] = Item(shape_of(linear.region), 1, values_P)
+    threshold, ranks = thresholded(
+        items,
         found,
-        shapes,
         form=options.form,
         ratio=options.ratio,
         least_cut=options.least_cut,
@@ -136,67 +138,6 @@ def transform(work: Work) -> dict[str, object]:
 
     (region,) = work.unit.reads
     return write_lowrank(work, truncate(work.read(region), work.params["rank"]))
-
-
-def choose_ranks(
-    places: Mapping[str, Values],
-    shapes: Mapping[str, tuple[int, int]],
-    *,
-    form: str,
-    ratio: float,
-    least_cut: float,
-    align: int,
-) -> tuple[float, dict[str, int]]:
-    """The smallest threshold that removes a fraction of all numbers, and the ranks of what is replaced.
-
-    Args:
-        places: of each matrix's values, largest first; see :mod:`linalg.spectrum`.
-
-    Returns:
-        No ranks at all where no threshold is high enough.
-    """
-    import numpy as np
-
-    budget = (1 - ratio) * sum(rows * columns for rows, columns in shapes.values())
-    pooled = np.unique(np.concatenate([*places.values(), [2.0]]))
-    low, high = 0, len(pooled) - 1
-    if _numbers(places, shapes, pooled[high], form, least_cut, align)[0] > budget:
-        return float(pooled[high]), {}
-    while low < high:
-        middle = (low + high) // 2
-        if _numbers(places, shapes, pooled[middle], form, least_cut, align)[0] <= budget:
-            high = middle
-        else:
-            low = middle + 1
-    return float(pooled[high]), _numbers(places, shapes, pooled[high], form, least_cut, align)[1]
-
-
-def _numbers(
-    places: Mapping[str, Values],
-    shapes: Mapping[str, tuple[int, int]],
-    threshold: float,
-    form: str,
-    least_cut: float,
-    align: int,
-) -> tuple[int, dict[str, int]]:
-    """Numbers stored below a threshold, and the ranks of the matrices that are replaced."""
-    from ...linalg.spectrum import cut
-
-    total, ranks = 0, {}
-    for label, here_P in places.items():
-        rows, columns = shapes[label]
-        size, full = rows * columns, len(here_P)
-        gone = cut(here_P, threshold)
-        rank = max(1, full - gone)
-        if full >= 16 * align:
-            rank = max(align, rank - rank % align)
-        needed = stored(form, (rows, columns), rank)
-        if gone > least_cut * full and needed < size:
-            ranks[label] = rank
-            total += needed
-        else:
-            total += size
-    return total, ranks
 
 
 def _draft(models: Sequence[Model], options: Options, ranks: Mapping[str, int] | None) -> Draft:
