@@ -202,6 +202,7 @@ def _sources_and_needs(method: Method) -> str:
         "routed": "routing statistics of some text",
         "all-expert": "outputs of every expert on some text",
         "gram": "Gram matrices of every linear layer's inputs on some text",
+        "shifted": "the same, of the original and the compressed model together, from text",
     }[info.data]
     verb = "can use" if info.optional else "needs"
     kinds = [found.info.takes for found in methods.named(method.command, method.name)]

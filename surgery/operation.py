@@ -238,6 +238,8 @@ class _Job:
                 mode=needed,
                 device=self.request.device,
                 sample=max(self.method.info.sample, self.draft.sample),
+                units=self.draft.units,
+                replacement=self.method.replacement,
             )
             self.plan = dataclasses.replace(self.plan, statistics=self.statistics.place)
         identity = self._identity()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
     from ..architectures.model import Model
     from ..checkpoint.commit import Staging
+    from ..plan import Unit
     from ..progress import Progress, Stop
+    from .sequences import Sequences
 
 __all__ = ["JSON_FILE", "SCHEMA_VERSION", "FreshGrams", "GivenGrams", "Grams", "layer_file"]
 
@@ -54,7 +56,7 @@ class Grams:
         if not folder.is_dir():
             raise InputError(f"{folder}: no such folder of statistics", hint=hint)
         manifest = read_json(contained(folder, JSON_FILE))
-        if manifest.get("mode") != "gram" or manifest.get("schema_version") != SCHEMA_VERSION:
+        if manifest.get("mode") != cls.mode or manifest.get("schema_version") != SCHEMA_VERSION:
             raise InputError(
                 f"{folder}: holds no Gram matrices of linear layers of schema version {SCHEMA_VERSION}",
                 hint=hint,
@@ -125,6 +127,15 @@ class Grams:
                 )
 
 
+class ShiftedGrams(Grams):
+    """Two matrices an input: Y^T Y under the name of the module, X^T Y under that and ``.cross``.
+
+    X are inputs of the original model, Y those that the model gives whose matrices before it are replaced.
+    """
+
+    mode = "shifted"
+
+
 class GivenGrams:
     """A folder from ``moesurg calibrate --linear-grams``."""
 
@@ -151,6 +162,8 @@ class GivenGrams:
 class FreshGrams:
     """Matrices collected by the run itself, in its staging folder until the commit."""
 
+    _folder_class = Grams
+
     def __init__(
         self, model: Model, data: Sequence[Path], tokens: int, seq_len: int, device: str
     ) -> None:
@@ -165,13 +178,13 @@ class FreshGrams:
             "text": {domain.name: domain.digest for domain in self._corpus.domains},
             "tokens": tokens,
             "seq_len": seq_len,
-            "mode": "gram",
+            "mode": self._folder_class.mode,
             "device": device,
         }
         self.place = "."
 
     def load(self, staging: Staging, progress: Progress, stop: Stop) -> Grams:
-        from .grams import collect_grams, manifest_file
+        from .grams import manifest_file
         from .sequences import tokenise
 
         _check_room(self._model, staging.path)
@@ -190,20 +203,31 @@ class FreshGrams:
             stop.check()
 
         with TensorReader(self._model.checkpoint) as reader:
-            manifest = collect_grams(
-                self._model,
-                reader,
-                sequences,
-                staging.write_file,
-                device=self._device,
-                scratch=staging.path,
-                progress=report,
-            )
+            manifest = self._collect(reader, sequences, staging, report)
         digest = model_digest(self._model.checkpoint, digests.finish())
         staging.write_file(
             *manifest_file({**manifest, "model_sha256": digest, "moesurg": __version__})
         )
-        return Grams.open(staging.path)
+        return self._folder_class.open(staging.path)
+
+    def _collect(
+        self,
+        reader: TensorReader,
+        sequences: Sequences,
+        staging: Staging,
+        progress: Callable[[str, int, int], None],
+    ) -> dict[str, object]:
+        from .grams import collect_grams
+
+        return collect_grams(
+            self._model,
+            reader,
+            sequences,
+            staging.write_file,
+            device=self._device,
+            scratch=staging.path,
+            progress=progress,
+        )
 
     def check(self, model: Model, digests: Mapping[Path, str]) -> None:
         """They were collected from the weights being read."""
@@ -211,6 +235,51 @@ class FreshGrams:
     def arguments(self) -> list[str]:
         words = [word for file in self._data for word in ("--data", str(file))]
         return [*words, "--tokens", str(self._tokens), "--seq-len", str(self._seq_len)]
+
+
+class FreshShifted(FreshGrams):
+    """Matrices of the original and the compressed model together, which is made on the way.
+
+    Args:
+        units: of the run; those of linear layers are replaced as they will be.
+        replacement: the method's, from a unit, its matrix, Y^T Y and X^T Y to the matrix in its place.
+    """
+
+    _folder_class = ShiftedGrams
+
+    def __init__(
+        self,
+        model: Model,
+        data: Sequence[Path],
+        tokens: int,
+        seq_len: int,
+        device: str,
+        units: Sequence[Unit],
+        replacement: Callable[[Unit, Any, Any, Any], Any],
+    ) -> None:
+        super().__init__(model, data, tokens, seq_len, device)
+        self._units, self._replacement = units, replacement
+
+    def _collect(
+        self,
+        reader: TensorReader,
+        sequences: Sequences,
+        staging: Staging,
+        progress: Callable[[str, int, int], None],
+    ) -> dict[str, object]:
+        from .shifted import collect_shifted
+
+        return collect_shifted(
+            self._model,
+            reader,
+            sequences,
+            staging.write_file,
+            self._units,
+            self._replacement,
+            device=self._device,
+            scratch=staging.path,
+            progress=progress,
+        )
 
 
 def calibrate_grams(

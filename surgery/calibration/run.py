@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,11 +13,12 @@ from ..checkpoint.commit import Staging
 from ..checkpoint.hub import resolve
 from ..checkpoint.reader import TensorReader
 from ..digests import Digests, header_digest
-from ..errors import InputError
+from ..errors import InputError, UsageError
 from ..methods.base import DataNeed
+from ..plan import Unit
 from ..progress import Progress, Stop, stoppable
 from .corpus import Corpus, read_corpus
-from .gram_folder import FreshGrams, GivenGrams, Grams, calibrate_grams, layer_file
+from .gram_folder import FreshGrams, FreshShifted, GivenGrams, Grams, calibrate_grams, layer_file
 from .sequences import Sequences, tokenise
 from .statistics import JSON_FILE, TENSOR_FILE, Statistics, model_digest
 
@@ -54,15 +55,26 @@ def statistics_source(
     mode: DataNeed,
     device: str,
     sample: int = 0,
+    units: Sequence[Unit] = (),
+    replacement: Callable[[Unit, Any, Any, Any], Any] | None = None,
 ) -> StatisticsSource:
     """A folder's statistics if one is given, otherwise statistics of ``data`` or the built-in text.
 
     Args:
         sample: rows of each mixture's input that they must hold; every token's if the text has fewer.
+        units, replacement: of a method that needs what its own replacements do to later inputs.
 
     Raises:
         InputError: a folder of another model or without what the method needs, or unusable text.
+        UsageError: a folder where matrices depend on the method's own options.
     """
+    if mode == "shifted" and replacement is not None:
+        if calibration is not None:
+            raise UsageError(
+                "--calibration: the inputs this method needs depend on what it replaces, so that no folder holds them",
+                hint="give it text with --data, or nothing for the built-in text",
+            )
+        return FreshShifted(model, data, tokens, seq_len, device, units, replacement)
     if mode == "gram":
         if calibration is None:
             return FreshGrams(model, data, tokens, seq_len, device)

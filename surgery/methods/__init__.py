@@ -124,4 +124,5 @@ def _method(command: str, name: str, module: ModuleType) -> Method:
         description=(module.__doc__ or "").strip(),
         decide_from_weights=getattr(module, "decide_from_weights", None),
         settle=getattr(module, "settle", None),
+        replacement=getattr(module, "replacement", None),
     )

@@ -7,7 +7,8 @@ can decide has ``decide_from_weights`` instead of ``decide``; one that needs sam
 how many in ``MethodInfo.sample`` or, where options decide, in ``Draft.sample``. Where only decisions tell what the
 output holds (numbers of experts by layer), ``settle`` makes the draft again from them: (models, options, decisions)
 to a draft, or to None where the first one stands. The first draft then is what a dry run shows and what disk and
-memory are checked with, so it should be as large.
+memory are checked with, so it should be as large. ``replacement`` is of methods whose ``data`` is ``shifted``: from a
+unit, its matrix, and the Gram matrices of its inputs to the matrix in its place, with which calibration goes on.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from ..sources import Takes
     from ..weights import Weights
 
-DataNeed = Literal["none", "routed", "all-expert", "gram"]
+DataNeed = Literal["none", "routed", "all-expert", "gram", "shifted"]
 Tier = Literal["stock", "padded", "custom", "pack"]
 FormatName = Literal["model", "adapter", "pack"]
 
@@ -133,6 +134,7 @@ class Method:
         Callable[[Model, Any, Statistics | None, Weights, int], dict[str, Any]] | None
     ) = None
     settle: Callable[[Sequence[Model], Any, dict[str, Any]], Draft | None] | None = None
+    replacement: Callable[[Unit, Any, Any, Any], Any] | None = None
 
     def parse(self, values: Mapping[str, object]) -> Any:
         """Options from values by field name; fields left out take their defaults."""

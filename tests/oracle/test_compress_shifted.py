@@ -1,0 +1,111 @@
+"""AA-SVD against its definition, with inputs recorded from stock transformers before and after."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moesurg.surgery.architectures.linears import linears
+from moesurg.surgery.architectures.model import Model
+from moesurg.surgery.calibration.corpus import read_corpus
+from moesurg.surgery.calibration.sequences import tokenise
+from moesurg.surgery.errors import InputError, UsageError
+from moesurg.surgery.linalg.whitening import truncate_shifted
+from tests.oracle.helpers import operate, stock, tensors
+
+Checkpoint = Callable[..., Path]
+TEXT = "Pack my box with five dozen liquor jugs; how vexingly quick daft zebras jump! " * 60
+
+
+def recorded(folder: Path, source: Path, text: Path) -> dict[str, torch.Tensor]:
+    """Inputs of every linear layer of a model on the run's sequences, by the weight's name."""
+    sequences = tokenise(read_corpus([text]), source, tokens=600, seq_len=64)
+    model, found = stock(folder), {}
+    rows: dict[str, list[torch.Tensor]] = {}
+
+    def hook(name: str) -> Any:
+        def see(_: Any, args: tuple[torch.Tensor, ...]) -> None:
+            rows.setdefault(name, []).append(args[0].reshape(-1, args[0].shape[-1]).double())
+
+        return see
+
+    for name, part in model.named_modules():
+        if isinstance(part, torch.nn.Linear):
+            part.register_forward_pre_hook(hook(name))
+    with torch.no_grad():
+        for ids in sequences.ids:
+            model(input_ids=torch.from_numpy(ids)[None])
+    for name, parts in rows.items():
+        found[f"{name}.weight"] = torch.cat(parts)
+    return found
+
+
+def test_every_matrix_is_the_best_for_what_its_own_model_gives_it(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    source, out = checkpoint("llama", tokenizer=True), tmp_path / "out"
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    options: dict[str, Any] = {"ratio": 0.4, "form": "dense", "damping": 1e-3, "data": (text,)}
+    operate("compress", "aa-svd", source, out, **options)
+    before, after = recorded(source, source, text), recorded(out, source, text)
+    old, new = tensors(source), tensors(out)
+    report = json.loads((out / "report.json").read_text())
+    shifted = 0
+    for linear in linears(Model.open(source)):
+        name = linear.region.tensor
+        x_TN, y_TN = before[name], after[name]
+        rank = report["units"][linear.label]["rank"]
+        found = truncate_shifted(
+            old[name], y_TN.T @ y_TN, x_TN.T @ y_TN, rank, damping=options["damping"]
+        )
+        wanted = found.product()
+        assert float((new[name] - wanted).norm() / wanted.norm()) < 2e-3, name
+        shifted += float((x_TN - y_TN).norm()) > 1e-2 * float(x_TN.norm())
+        assert report["units"][linear.label]["inputs"] == len(x_TN)
+    assert shifted >= len(report["units"]) // 2  # what is tested is there
+    # Looking at the shift is worth it: closer final outputs than from the original inputs alone.
+    operate("compress", "svd-llm", source, tmp_path / "blind", **options)
+    wanted = before["lm_head.weight"]
+    distance = [
+        float((recorded(folder, source, text)["lm_head.weight"] - wanted).norm())
+        for folder in (out, tmp_path / "blind")
+    ]
+    assert distance[0] < distance[1]
+
+
+def test_what_cannot_be_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="experts"):
+        operate("compress", "aa-svd", checkpoint("qwen3_moe"), tmp_path / "out", ratio=0.2)
+    with pytest.raises(UsageError, match="--calibration"):
+        operate(
+            "compress",
+            "aa-svd",
+            checkpoint("llama"),
+            tmp_path / "out",
+            ratio=0.2,
+            calibration=tmp_path,
+        )
+
+
+def test_a_mixtures_attention_can_be_compressed(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    source = checkpoint("qwen3_moe")
+    operate(
+        "compress",
+        "aa-svd",
+        source,
+        tmp_path / "out",
+        ratio=0.2,
+        form="dense",
+        targets="attention",
+    )
+    stock(tmp_path / "out")
+    before, after = tensors(source), tensors(tmp_path / "out")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all("self_attn" in name for name in changed)
