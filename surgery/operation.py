@@ -31,6 +31,7 @@ from .plan import Plan, Unit, validate
 from .progress import Progress, Stop, stoppable
 from .report import card, record
 from .sources import Source, Takes, kind_of, open_source
+from .sweep import run_sweep
 from .weights import Weights
 
 if TYPE_CHECKING:
@@ -76,6 +77,8 @@ def run(request: Request, progress: Progress) -> dict[str, Any]:
     Raises:
         MoesurgError: any of its kinds; nothing is left behind, or a resumable staging folder.
     """
+    if request.options.get("sweep"):
+        return run_sweep(request, progress)
     started = time.monotonic()
     folders = [resolve(source) for source in request.sources]
     method = _method_for(request, kind_of(folders))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 
 from moesurg.surgery.errors import InputError, UsageError
 from moesurg.surgery.methods.models import _merge
+from moesurg.surgery.sweep import simplex
+from tests.conftest import Result
 from tests.oracle.helpers import drift, operate, rewrite, stock, tensors
 
 Checkpoint = Callable[..., Path]
@@ -30,9 +33,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_merge, "BLOCK", 1000)
 
 
-def merge(
-    method: str, sources: list[Path], output: Path, scheme: Any = None, **options: Any
-) -> Tensors:
+def merge(method: str, sources: list[Path], output: Path, **options: Any) -> Tensors:
     operate("merge", method, sources, output, **options)
     return tensors(output)
 
@@ -272,3 +273,34 @@ def test_what_does_not_belong_together_is_refused(
     with pytest.raises(UsageError, match="--density"):
         merge("ties", folders, out, density=0.0)
     assert not out.exists()
+
+
+def test_a_sweep_makes_every_mixture_and_a_manifest(
+    folders: list[Path], tmp_path: Path, call_cli: Callable[..., Result]
+) -> None:
+    out = tmp_path / "out"
+    made = call_cli(
+        "merge", *folders[:2], "--method", "linear", "--sweep", "simplex:step=0.5", "-o", out, "-q"
+    )
+    assert made.code == 0, made.err
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert [entry["weights"] for entry in manifest["outputs"]] == [[0, 1], [0.5, 0.5], [1, 0]]
+    names = {entry["folder"] for entry in manifest["outputs"]}
+    assert {path.name for path in out.iterdir()} == names | {"manifest.json"}
+    before = [tensors(folder) for folder in folders[:2]]
+    check(tensors(out / "w_0_1"), lambda name: flat(before[1], name), 1e-7)
+    check(
+        tensors(out / "w_0.5_0.5"), lambda name: (flat(before[0], name) + flat(before[1], name)) / 2
+    )
+    assert call_cli("verify", out / "w_0.5_0.5", "-q").code == 0
+    for wrong in ("simplex:step=0.3", "grid", "simplex:step=0"):
+        with pytest.raises(UsageError, match="is no grid"):
+            merge("linear", folders, tmp_path / "x", sweep=wrong)
+    with pytest.raises(UsageError, match="exclude"):
+        merge("linear", folders, tmp_path / "x", sweep="simplex:step=1", weights="1,1,1")
+
+
+def test_a_simplex_has_as_many_points_as_there_are_ways_to_share() -> None:
+    found = simplex("simplex:step=0.25", 3)
+    assert len(found) == len(set(found)) == 15
+    assert all(sum(weights) == 1 for weights in found)

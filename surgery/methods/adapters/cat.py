@@ -2,9 +2,12 @@
 
     A = [A_1; ...; A_T],  B = [w_1 B_1, ..., w_T B_T],  so that  B A = sum_i w_i B_i A_i
 
-with each adapter's own scale (alpha / r, or alpha / sqrt(r) when rank-stabilised, by module) folded into its factors
-first. The rank of a module is the sum of the ranks. Nothing is lost but the rounding of the stored type, which the
-report measures. This is the reference that every other way of merging adapters is held against.
+with each adapter's own scale (alpha / r, or alpha / sqrt(r) when rank-stabilised, by module) folded into its
+factors first. The rank of a module is the sum of the ranks. Nothing is lost but the rounding of the stored type,
+which the report measures. This is the reference that every other way of merging adapters is held against.
+
+``--sweep simplex:step=0.25`` makes an adapter at every point of the grid of weights with the sum 1, and a
+``manifest.json``.
 
 Weights go into B with their sign, and an adapter of weight 0 is left out. Biases of B are summed like the products.
 """
@@ -15,7 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..base import Draft, Exactness, MethodInfo
+from ... import sweep
+from ..base import Draft, Exactness, MethodInfo, option
 from . import _merge as common
 
 if TYPE_CHECKING:
@@ -34,6 +38,8 @@ INFO = MethodInfo(
 @dataclass(frozen=True, kw_only=True)
 class Options(common.MergeOptions):
     """What the user chooses."""
+
+    sweep: str | None = option(None, sweep.HELP, metavar="GRID")
 
 
 def plan(adapters: Sequence[Adapter], options: Options) -> Draft:

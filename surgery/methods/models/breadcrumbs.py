@@ -6,9 +6,10 @@ floor(density n) largest stay, and
 
     theta = theta_0 + scale sum_i w_i d_i
 
-``--elect`` merges by elected signs as TIES does (mergekit's ``breadcrumbs_ties``). If density and gamma leave too
-few elements, fewer outliers are dropped, so that the share kept is ``density``; a tensor with fewer than 1 / gamma
-elements loses no outlier. Ties are by position. Selection is by tensor, as published by layer.
+``--elect`` merges by elected signs as TIES does (mergekit's ``breadcrumbs_ties``, which sums what agrees:
+``--no-normalize``). If density and gamma leave too few elements, fewer outliers are dropped, so that the share kept
+is ``density``; a tensor with fewer than 1 / gamma elements loses no outlier. Ties are by position. Selection is by
+tensor, as published by layer.
 """
 
 from __future__ import annotations
@@ -41,6 +42,9 @@ class Options(common.ChangeOptions):
     elect: bool = option(
         False, "whether signs are elected as in TIES before the changes are merged"
     )
+    normalize: bool = option(
+        True, "whether changes that agree in an elected sign are averaged rather than summed"
+    )
 
 
 def plan(models: Sequence[Model], options: Options) -> Draft:
@@ -56,6 +60,7 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
             "density": options.density,
             "gamma": options.gamma,
             "elect": options.elect,
+            "normalize": options.normalize,
         },
         exactness=Exactness("approximate", "changes of fine-tunes are trimmed and combined"),
         notes=notes,
@@ -81,6 +86,9 @@ def transform(work: Work) -> dict[str, object]:
         for change, top, all_of_them in zip(block.tensors, *both, strict=True):
             size = change.abs()
             left.append(change * (all_of_them.mask(size) & ~top.mask(size)))
-        merged = elected(left, weights).merged if params["elect"] else weighted_sum(left, weights)
+        if params["elect"]:
+            merged = elected(left, weights, normalize=params["normalize"]).merged
+        else:
+            merged = weighted_sum(left, weights)
         common.put(work, block, merged, params["scale"])
     return {}

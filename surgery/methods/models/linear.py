@@ -5,6 +5,10 @@ float32 for others, and rounded once to the widest type among the models. A mode
 
 Weights may be negative as long as their sum is not zero. ``--no-normalize`` keeps them as they are, so that their
 sum may be anything; mergekit's ``linear`` has the same switch.
+
+``--sweep simplex:step=0.25`` makes a model at every point of the grid of weights with the sum 1, each in a folder
+of the output, and a ``manifest.json``: merges as stand-ins for models trained on mixtures of the models' data
+(arXiv:2602.04937), to be ranked by ``moesurg eval``.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ... import sweep
 from ..base import Draft, Exactness, MethodInfo, option
 from . import _merge as common
 
@@ -33,6 +38,7 @@ class Options(common.MergeOptions):
     """What the user chooses."""
 
     normalize: bool = option(True, "whether weights are divided by their sum")
+    sweep: str | None = option(None, sweep.HELP, metavar="GRID")
 
 
 def plan(models: Sequence[Model], options: Options) -> Draft:

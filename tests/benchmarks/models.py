@@ -1,0 +1,101 @@
+"""What merging models costs against the least it could: reading the sources and writing the output once.
+
+    python tests/benchmarks/models.py [--models 4] [--layers 10] [--dtype bfloat16] [--methods linear ties] [--runs 3]
+
+Random Llama checkpoints (hidden 1024, feed-forward 2816, vocabulary 32000; 10 layers are 161 million parameters).
+The floor reads every source in pieces of 4 MB and writes one output that reaches the disk; it computes nothing,
+neither a merge nor the SHA-256 of every input and output file that a run records, whose own time is printed beside
+it. Everything runs in one process that has imported its libraries; ratios are of medians. Memory is what the
+process itself holds (RssAnon), sampled every millisecond.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+from moesurg.surgery.operation import Request, run
+from moesurg.surgery.progress import Silent
+from tests.benchmarks.io import build, median_of, peak
+
+PIECE = 4 << 20
+
+
+def floor(sources: list[Path], output: Path) -> None:
+    """Read everything, write the size of one model and wait for the disk."""
+    output.mkdir()
+    buffer = bytearray(PIECE)
+    for source in sources:
+        with (source / "model.safetensors").open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+    left = (sources[0] / "model.safetensors").stat().st_size
+    with (output / "model.safetensors").open("wb", buffering=0) as file:
+        while left:
+            left -= file.write(memoryview(buffer)[: min(PIECE, left)])
+        os.fsync(file.fileno())
+
+
+def digests(sources: list[Path]) -> None:
+    """SHA-256 of the sources and of one output."""
+    for source in [*sources, sources[0]]:
+        with (source / "model.safetensors").open("rb") as file:
+            hashlib.file_digest(file, "sha256")
+
+
+def merge(method: str, sources: list[Path], output: Path) -> None:
+    run(Request("merge", method, tuple(map(str, sources)), output), Silent())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=10)
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--methods", nargs="+", default=["linear", "ties"])
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--folder", type=Path, default=None)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+        folder = Path(name)
+        sources = [
+            build(folder / str(seed), arguments.layers, seed=seed)
+            for seed in range(arguments.models)
+        ]
+        if arguments.dtype == "float32":
+            for source in sources:
+                file = source / "model.safetensors"
+                wide = {key: value.float() for key, value in load_file(file).items()}
+                save_file(wide, file, metadata={"format": "pt"})
+        output = folder / "output"
+        least = median_of(lambda: floor(sources, output), arguments.runs, fresh=output)
+        started = time.perf_counter()
+        digests(sources)
+        hashing = time.perf_counter() - started
+        size = (sources[0] / "model.safetensors").stat().st_size / 1e6
+        print(
+            f"{arguments.models} models of {size:.0f} MB ({arguments.dtype}): floor {least:.2f} s, "
+            f"SHA-256 of all files {hashing:.2f} s"
+        )
+        print("method            seconds  times the floor  peak MB")
+        for method in arguments.methods:
+            shutil.rmtree(output, ignore_errors=True)
+            with peak() as memory:
+                merge(method, sources, output)
+
+            def again(method: str = method) -> None:
+                merge(method, sources, output)
+
+            took = median_of(again, arguments.runs, fresh=output)
+            print(f"{method:16s} {took:8.2f} {took / least:16.2f} {memory[0] / 1e6:8.0f}")
+
+
+if __name__ == "__main__":
+    main()
