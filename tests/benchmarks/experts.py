@@ -6,8 +6,9 @@ One decoder layer with the mixture of Qwen3-30B-A3B (128 experts of 2048 x 768, 
 behind a vocabulary of bytes. Every stage is a command of its own; its memory is the sum of the resident sizes of all
 its processes, sampled ten times a second. The floors are what cannot be avoided: the same command on the tiny mixture
 of this repository, which is start-up (the imports of transformers alone take seconds); reading the layer once, from the
-page cache, and digesting it, which every run does for its report; and its matrix products at the speed that this
-machine multiplies float32 matrices of such sizes at, with the threads that the stage may use.
+page cache, and digesting it, which every run does for its report; and its matrix products at the speed that one core
+multiplies float32 matrices of such sizes at. Floors are compared in seconds of all cores together, which depend least on
+what else the machine does; the seconds that passed stand beside.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ class Cost(NamedTuple):
     """What a stage took."""
 
     seconds: float
+    cpu: float
     resident: int
 
 
@@ -137,13 +139,16 @@ def run(*arguments: object) -> Cost:
     words = [sys.executable, "-m", "moesurg.commands", *map(str, arguments), "--quiet", "--json"]
     with tempfile.TemporaryFile() as said:
         process = subprocess.Popen(words, stdout=said, stderr=subprocess.STDOUT)
-        while process.poll() is None:
+        ended = 0
+        while not ended:
             largest = max(largest, resident(process.pid))
             time.sleep(0.1)
+            ended, status, used = os.wait4(process.pid, os.WNOHANG)
+        process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
             said.seek(0)
             raise SystemExit(said.read().decode())
-    return Cost(time.perf_counter() - started, largest)
+    return Cost(time.perf_counter() - started, used.ru_utime + used.ru_stime, largest)
 
 
 def read_seconds(folder: Path) -> tuple[float, float]:
@@ -151,26 +156,24 @@ def read_seconds(folder: Path) -> tuple[float, float]:
     view = memoryview(bytearray(4 << 20))
     found = []
     for digested in (False, False, True):
-        state, started = hashlib.sha256(), time.perf_counter()
+        state, started = hashlib.sha256(), time.process_time()
         with (folder / "model.safetensors").open("rb", buffering=0) as file:
             while length := file.readinto(view):
                 if digested:
                     state.update(view[:length])
-        found.append(time.perf_counter() - started)
+        found.append(time.process_time() - started)
     return found[1], found[2]
 
 
-def flops_a_second(threads: int) -> float:
-    """Of float32 products of [256, D] inputs with an expert's matrix."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+def flops_a_second() -> float:
+    """Of one core, for float32 products of [256, D] inputs with an expert's matrix."""
+    torch.set_num_threads(1)
     left, right = torch.randn(256, HIDDEN), torch.randn(HIDDEN, 2 * WIDTH)
-    done, started = 0, time.perf_counter()
-    while time.perf_counter() - started < 2.0:
+    done, started = 0, time.process_time()
+    while time.process_time() - started < 2.0:
         left @ right
         done += 1
-    seconds = time.perf_counter() - started
-    torch.set_num_threads(before)
+    seconds = time.process_time() - started
     return done * 2 * 256 * HIDDEN * 2 * WIDTH / seconds
 
 
@@ -205,15 +208,14 @@ def main() -> None:
 def table(folder: Path, tokens: int, stages: list[str]) -> None:
     """Print a line a stage; calibrations that operations need are made where they are not asked for."""
     source = build(folder / "source")
-    threads = torch.get_num_threads()
-    (reading, digesting), speed = read_seconds(source), flops_a_second(threads)
+    (reading, digesting), speed = read_seconds(source), flops_a_second()
     size = (source / "model.safetensors").stat().st_size
     print(
         f"one layer: {size / 1e9:.2f} GB, read in {reading:.2f} s, digested in {digesting:.2f} s; float32 products "
-        f"at {speed / 1e9:.0f} GFLOP/s with {threads} threads; {tokens} tokens"
+        f"at {speed / 1e9:.0f} GFLOP/s a core; {tokens} tokens; in seconds of all cores but for the first column:"
     )
     print(
-        "stage         seconds  start-up  digest floor  product floor  seconds/floor  resident GB"
+        "stage         passed     used  start-up  digest floor  product floor  used/floors  resident GB"
     )
     kept = folder / "all"
     for stage in stages:
@@ -236,11 +238,11 @@ def table(folder: Path, tokens: int, stages: list[str]) -> None:
             options = [word.replace(str(kept), str(folder / "tiny-all")) for word in options]
             start = run(command, TINY, *options, "--experts", 8, "-o", output, "--force")
         floor = products(stage, tokens) / speed
-        ratio = cost.seconds / (start.seconds + digesting + floor)
+        ratio = cost.cpu / (start.cpu + digesting + floor)
         over = "  ABOVE THE LIMIT" if cost.resident > LIMIT else ""
         print(
-            f"{stage:12s} {cost.seconds:8.1f} {start.seconds:9.1f} {digesting:13.2f} {floor:14.2f} {ratio:14.1f} "
-            f"{cost.resident / 1e9:12.2f}{over}",
+            f"{stage:12s} {cost.seconds:7.1f} {cost.cpu:8.1f} {start.cpu:9.1f} {digesting:13.2f} {floor:14.2f} "
+            f"{ratio:12.1f} {cost.resident / 1e9:12.2f}{over}",
             flush=True,
         )
 
