@@ -7,8 +7,8 @@ behind a vocabulary of bytes. Every stage is a command of its own; its memory is
 its processes, sampled ten times a second. The floors are what cannot be avoided: the same command on the tiny mixture
 of this repository, which is start-up (the imports of transformers alone take seconds); reading the layer once, from the
 page cache, and digesting it, which every run does for its report; and its matrix products at the speed that one core
-multiplies float32 matrices of such sizes at. Floors are compared in seconds of all cores together, which depend least on
-what else the machine does; the seconds that passed stand beside.
+multiplies float32 matrices of such sizes at. Floors are compared in seconds of all cores together, which depend least
+on what else the machine does; the seconds that passed stand beside.
 """
 
 from __future__ import annotations

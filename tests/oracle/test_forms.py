@@ -155,6 +155,36 @@ def test_a_mapped_router_is_the_tied_one_without_repetition(
         assert written[layer.prefix + down].shape[0] == 3
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "ernie4_5_moe", "gpt_oss"])
+def test_a_mapped_output_expands_to_the_tied_one(
+    family: str, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """Every tensor of it, byte for byte; layers of different sizes are refused."""
+    source = checkpoint(family, dtype="bfloat16", layout="fused")
+    for router in ("tied", "mapped"):
+        out = tmp_path / router
+        operate("merge", "m-smoe", source, out, experts=3, router=router, tokens=128)
+    result = operate("convert", "expand", tmp_path / "mapped", tmp_path / "out", expand=True)
+    assert result["exactness"]["kind"] == "bitwise"
+    found, wanted = tensors(tmp_path / "out"), tensors(tmp_path / "tied")
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert found[name].dtype == value.dtype
+        assert torch.equal(found[name], value), name
+    assert Model.open(tmp_path / "out").experts == 8
+    stock(tmp_path / "out")
+
+
+def test_different_sizes_do_not_expand(
+    checkpoint: Checkpoint, tmp_path: Path, drop: Callable[..., Any]
+) -> None:
+    source = checkpoint("qwen3_moe")
+    drop(source)
+    operate("prune", "aimer", source, tmp_path / "ragged", experts=5)
+    with pytest.raises(InputError, match="different numbers of experts"):
+        operate("convert", "expand", tmp_path / "ragged", tmp_path / "out", expand=True)
+
+
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
 def test_selected_rows_of_one_expert_add_up_however_stock_computes(
     implementation: str, checkpoint: Checkpoint, tmp_path: Path

@@ -10,6 +10,7 @@ from ...checkpoint.layout import TensorSpec
 from ...checkpoint.region import Region
 from ...errors import InputError
 from ...plan import Unit
+from .._forms import ROW_MAP
 
 if TYPE_CHECKING:
     import torch
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from ...custom import CustomModel
     from ...execute import Work
 
-LINEARS = "moesurg_linears"
+LINEARS, MIXTURES = "moesurg_linears", "moesurg_mixtures"
 """Keys of the config, as in `modeling/`, whose files import torch."""
 
 
@@ -124,8 +125,59 @@ def layer_of(name: str) -> int | None:
     return int(index) if not head and index.isdigit() else None
 
 
+def _mixtures(model: CustomModel, entry: Mapping[str, Any]) -> Iterator[Piece]:
+    """Router rows that share experts: each expert once for every row that means it, as a tied merge writes it."""
+    if not entry.get("mapped"):
+        raise InputError(
+            f"{model.folder}: its layers have different numbers of experts, which stock "
+            f"{model.family.class_name} cannot hold"
+        )
+    names, layers = entry["experts"], entry["layers"]
+    for index, count in layers.items():
+        prefix = model.family.prefix.format(layer=index)
+        place = names[0].rpartition(".")[0]
+        rows = stored(model, f"{prefix}{place}.{ROW_MAP}", axes=1)
+        yield Piece((rows.tensor,), (), ())
+        for name in names:
+            info = model.checkpoint.tensors.get(prefix + name)
+            if info is None:
+                raise InputError(f"{model.folder}: tensor {prefix + name!r} is missing")
+            fits(model, info.name, found=info.shape[0], expected=count)
+            read = Region(info.name, info.shape)
+            written = Region(info.name, (*rows.shape, *info.shape[1:]))
+            size = written.count // rows.shape[0]
+            units = [
+                Unit(
+                    f"layer.{index}.{name}.{row}",
+                    "transform",
+                    int(index),
+                    reads=(rows, read),
+                    writes=(written.rows(row, row + 1),),
+                    params={"form": "mapped", "row": row},
+                    memory=12 * size,
+                )
+                for row in range(rows.shape[0])
+            ]
+            yield Piece(
+                (info.name,), (TensorSpec(written.tensor, info.dtype, written.shape),), tuple(units)
+            )
+
+
+def _mapped_row(work: Work) -> torch.Tensor:
+    """The expert that a row of the router means."""
+    rows, experts = work.unit.reads
+    expert = int(work.read(rows)[work.params["row"]])
+    if not 0 <= expert < experts.shape[0]:
+        raise InputError(
+            f"{rows.tensor}: row {work.params['row']} means expert {expert} of {experts.shape[0]}"
+        )
+    return work.read(experts.rows(expert, expert + 1))
+
+
 def expanded(work: Work) -> torch.Tensor:
     """The matrix that a unit's reads stand for, float64."""
+    if work.params["form"] == "mapped":
+        return _mapped_row(work)
     first, second, *others = (work.read(region) for region in work.unit.reads)
     if work.params["form"] == "factors":
         return second.double() @ first.double()
@@ -139,5 +191,5 @@ def expanded(work: Work) -> torch.Tensor:
     return Pivoted(first.double(), second.double(), index).unpack()
 
 
-PARTS = {LINEARS: _linears}
+PARTS = {LINEARS: _linears, MIXTURES: _mixtures}
 """By key of the config: how that part becomes stock tensors."""

@@ -11,7 +11,8 @@ multiplied in float64 and rounded once to the type the factors are stored in. In
 compressed model up to rounding; in half precision they differ by that one rounding, and by the roundings between two
 factors, which a dense matrix does not have. Nothing that compression lost comes back. All other tensors are copied.
 
-Outputs whose layers differ from each other in ways no stock class can hold are refused.
+Router rows that share experts (``merge --router mapped``) get a copy of their expert each, byte for byte, which is what
+``--router tied`` writes. Outputs whose layers differ from each other in ways no stock class can hold are refused.
 """
 
 from __future__ import annotations
@@ -83,6 +84,10 @@ def plan(models: Sequence[CustomModel], options: Options) -> Draft:
         units.append(copy_unit(f"{label}.unchanged", moves, layer=index))
     units.sort(key=lambda unit: (unit.layer is None, unit.layer or 0))
     _check(model, tensors)
+    made = [unit for unit in units if unit.kind == "transform"]
+    if all(unit.params["form"] == "mapped" for unit in made):
+        exactness = Exactness("bitwise", "every row of the router gets a copy of its expert")
+        return Draft(model.stock_config, tensors, units, exactness)
     kinds = {spec.dtype for piece in owner.values() for spec in piece.specs}
     why = "the products of the stored factors"
     exactness = Exactness("exact", why)
