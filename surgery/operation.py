@@ -16,7 +16,6 @@ from . import __version__
 from .checkpoint.commit import Staging, fingerprint_digest
 from .checkpoint.formats import FORMATS
 from .checkpoint.hub import resolve
-from .checkpoint.layout import index_json
 from .checkpoint.writer import Hasher, ShardWriter
 from .digests import Digests, file_marks, header_digest
 from .errors import InputError, MoesurgError, RefusedError, UsageError
@@ -416,8 +415,7 @@ class _Job:
             **self.draft.files,
             **{name: make(self.plan.units, metrics) for name, make in self.draft.results.items()},
         }
-        if len(self.shards) > 1:
-            small[FORMATS[self.draft.format].index] = index_json(self.shards)
+        small.update(self.plan.indexes())
         for name, data in carried_from_all([source.folder for source in self.sources]).items():
             small.setdefault(name, data)
         described = None if decision is None else decision["statistics"]

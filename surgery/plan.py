@@ -12,12 +12,14 @@ from typing import Any, Literal
 
 from .checkpoint.dtypes import BITS, nbytes
 from .checkpoint.formats import FORMATS, MODEL
-from .checkpoint.layout import Shard, TensorSpec, lay_out
+from .checkpoint.layout import Shard, TensorSpec, index_json, lay_out
 from .checkpoint.reader import Checkpoint
 from .checkpoint.region import Region
 from .errors import InputError, MoesurgError
 
 Kind = Literal["copy", "transform"]
+Data = bytes
+"""Contents of a file, by another name for classes that have a property ``bytes``."""
 COPY_BUFFER = 4 << 20
 """Bytes a copy holds at a time."""
 
@@ -136,7 +138,37 @@ class Plan:
         """The output's files; a format that is read from one file gets one whatever its size."""
         found = FORMATS[self.format]
         limit = self.max_shard_bytes if found.sharded else max(1, self.bytes)
-        return lay_out(self.tensors, max_shard_bytes=limit, stem=found.stem)
+        if found.member is None:
+            return lay_out(self.tensors, max_shard_bytes=limit, stem=found.stem)
+        shards: list[Shard] = []
+        for folder, specs in self._folders().items():
+            for shard in lay_out(specs, max_shard_bytes=limit, stem=found.stem):
+                begin = {f"{folder}/{name}": offset for name, offset in shard.begin.items()}
+                shards.append(Shard(f"{folder}/{shard.file}", shard.header, begin, shard.size))
+        return shards
+
+    def indexes(self) -> dict[str, Data]:
+        """The index of every folder whose tensors lie in several files, by its path in the output."""
+        found: dict[str, list[Shard]] = {}
+        for shard in self.shards:
+            folder, _, _ = shard.file.rpartition("/")
+            found.setdefault(folder, []).append(shard)
+        name = FORMATS[self.format].index
+        return {
+            f"{folder}/{name}" if folder else name: index_json(
+                shards, f"{folder}/" if folder else ""
+            )
+            for folder, shards in found.items()
+            if len(shards) > 1
+        }
+
+    def _folders(self) -> dict[str, list[TensorSpec]]:
+        """The tensors of a shelf by folder, under the names they have in it."""
+        found: dict[str, list[TensorSpec]] = {}
+        for spec in self.tensors:
+            folder, _, name = spec.name.partition("/")
+            found.setdefault(folder, []).append(TensorSpec(name, spec.dtype, spec.shape))
+        return found
 
     @property
     def unchanged(self) -> int:

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from .adapters.adapter import Adapter
 from .architectures.model import Model
-from .checkpoint.formats import PACK, format_of
+from .checkpoint.formats import PACK, SHELF, format_of
 from .checkpoint.header import read_json
 from .checkpoint.hub import resolve
 from .checkpoint.reader import Checkpoint, TensorReader, contained, file_digest, open_checkpoint
@@ -19,7 +19,7 @@ from .packs import Pack
 from .progress import Progress
 from .report.record import SCHEMA_VERSION, self_digest
 from .seeding import stream
-from .sources import Source, open_source
+from .sources import open_source
 from .verify_adapter import verify_adapter
 from .verify_custom import verify_custom
 
@@ -55,34 +55,41 @@ def verify(
     report = _report(path)
     _files(path, report, progress)
     try:
-        source: Source | None = None
-        if report["tier"] != "custom":
-            source = open_source(path)
-        checkpoint = open_checkpoint(path) if source is None else source.checkpoint
-        _weights(checkpoint, progress)
+        if format_of(path).member is not None:
+            members = [open_source(path / name) for name in _members(path)]
+            checkpoints = [member.checkpoint for member in members]
+        else:
+            members = [open_source(path)] if report["tier"] != "custom" else []
+            checkpoints = [member.checkpoint for member in members] or [open_checkpoint(path)]
+        for checkpoint in checkpoints:
+            _weights(checkpoint, progress)
     except InputError as error:
         raise VerificationError(error.message, hint=error.hint) from error
-    if isinstance(source, Model):
-        loaded = _loads(path, report, progress)
-        exactness = _exactness(source, report, reference, device, progress)
-    elif isinstance(source, Pack):
-        loaded, exactness = _pack(source, report)
-    elif isinstance(source, Adapter):
-        loaded, exactness = verify_adapter(source, report)
-    else:
+    if not members:
         against = _source(report, reference)
-        loaded, exactness = verify_custom(checkpoint, report, against, device, progress)
+        loaded, exactness = verify_custom(checkpoints[0], report, against, device, progress)
+    for member in members:
+        if isinstance(member, Pack):
+            loaded, exactness = _pack(member, report)
+        elif isinstance(member, Adapter):
+            loaded, exactness = verify_adapter(member, report)
+        elif isinstance(member, Model):
+            loaded = _loads(member.folder, report, progress)
+            exactness = _exactness(member, report, reference, device, progress)
+    if len(members) > 1:
+        loaded = f"{len(members)} folders, each as {loaded}"
     known = set(report["output"]["files"]) | {"report.json"}
+    there = {found.relative_to(path).as_posix() for found in path.rglob("*") if found.is_file()}
     return {
         "schema_version": SCHEMA_VERSION,
         "command": "verify",
         "folder": folder,
         "verified": True,
         "files": len(report["output"]["files"]),
-        "tensors": len(checkpoint.tensors),
+        "tensors": sum(len(checkpoint.tensors) for checkpoint in checkpoints),
         "loads": loaded,
         "exactness": exactness,
-        "not_in_report": sorted(entry.name for entry in path.iterdir() if entry.name not in known),
+        "not_in_report": sorted(there - known),
         "seconds": round(time.monotonic() - started, 3),
     }
 
@@ -109,7 +116,7 @@ def _files(path: Path, report: Mapping[str, Any], progress: Progress) -> None:
     progress.stage("hashing", len(files))
     for name, expected in sorted(files.items()):
         try:
-            file = contained(path, name)
+            file = _member_file(path, name)
         except InputError as error:
             raise VerificationError(error.message, hint=error.hint) from error
         size = file.stat().st_size
@@ -123,6 +130,29 @@ def _files(path: Path, report: Mapping[str, Any], progress: Progress) -> None:
                 hint="the file was damaged or changed after the run",
             )
         progress.advance()
+
+
+def _member_file(path: Path, name: str) -> Path:
+    """A file of the output, which in a shelf can lie in a member's folder."""
+    folder, _, leaf = name.rpartition("/")
+    if not folder:
+        return contained(path, name)
+    if folder not in _members(path):
+        raise InputError(f"{path}: file name {name!r} is in no folder of this output")
+    return contained(path / folder, leaf)
+
+
+def _members(path: Path) -> list[str]:
+    """The folders of a shelf, from its own list."""
+    listed = read_json(contained(path, SHELF)).get("members")
+    if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed):
+        raise InputError(f"{path / SHELF}: members should be an object")
+    for name in listed:
+        if name in ("", ".", "..") or any(character in name for character in "/\\:\0"):
+            raise InputError(f"{path / SHELF}: {name!r} is no name of a folder in it")
+        if (path / name).is_symlink() or not (path / name).is_dir():
+            raise InputError(f"{path}: folder {name!r} is missing")
+    return sorted(listed)
 
 
 def _weights(checkpoint: Checkpoint, progress: Progress) -> None:

@@ -143,7 +143,9 @@ class Staging:
 
     def write_file(self, name: str, data: bytes) -> None:
         """Create or replace a small file of the output (or the private ``plan.json``)."""
-        fs.write_file(self.path / _plain(name, private=frozenset({JOURNAL})), data)
+        path = self.path / _plain(name, private=frozenset({JOURNAL}))
+        fs.ensure_dir(path.parent)
+        fs.write_file(path, data)
 
     def copy_file(self, source: Path, name: str) -> None:
         """Copy a file of an input into the output."""
@@ -172,6 +174,10 @@ class Staging:
         for entry in sorted(self.path.iterdir()):
             if entry.name == PLAN:
                 fs.unlink(entry)
+            elif entry.is_dir():
+                for inner in sorted(entry.iterdir()):
+                    fs.fsync_file(inner)
+                fs.fsync_dir(entry)
             elif entry.name != JOURNAL:
                 fs.fsync_file(entry)
         fs.fsync_dir(self.path)
@@ -416,7 +422,13 @@ def _same(a: Path, b: Path) -> bool:
 
 
 def _plain(name: str, *, private: frozenset[str]) -> str:
-    if name in ("", ".", "..") or any(character in name for character in "/\\:\0"):
+    """A plain file name, or one in a folder of the output, which the members of a shelf have."""
+    folder, _, leaf = name.rpartition("/")
+    parts = [folder, leaf] if folder else [name]
+    if any(
+        part in ("", ".", "..") or any(character in part for character in "/\\:\0")
+        for part in parts
+    ):
         raise InputError(f"{name!r} is not a plain file name and cannot be a file of the output")
     if name in private:
         raise InputError(f"a file of the output cannot be named {name!r}: moesurg uses that name")

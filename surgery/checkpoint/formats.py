@@ -17,12 +17,14 @@ class Format:
         config: the JSON file that says what the weights are.
         stem: weights are ``<stem>.safetensors`` or, where ``sharded``, several files and an index.
         sharded: whether loaders of this format read several files.
+        member: of a shelf, the format of each of its folders; None for everything else.
     """
 
     name: str
     config: str
     stem: str
     sharded: bool
+    member: Format | None = None
 
     @property
     def single(self) -> str:
@@ -40,7 +42,14 @@ ADAPTER = Format("adapter", "adapter_config.json", "adapter_model", sharded=Fals
 PACK = Format("pack", "pack.json", "pack", sharded=True)
 """Several adapters or models in one folder, from which each can be taken out again."""
 
-FORMATS = {found.name: found for found in (MODEL, ADAPTER, PACK)}
+SHELF = "shelf.json"
+"""What says which folders a shelf has."""
+ADAPTERS = Format("adapters", SHELF, ADAPTER.stem, sharded=False, member=ADAPTER)
+"""A shelf of adapters: a folder each, all made by one run. Its tensors are planned as ``<folder>/<name>``."""
+MODELS = Format("models", SHELF, MODEL.stem, sharded=True, member=MODEL)
+"""A shelf of models."""
+
+FORMATS = {found.name: found for found in (MODEL, ADAPTER, PACK, ADAPTERS, MODELS)}
 
 
 def format_of(folder: Path) -> Format:
@@ -53,6 +62,8 @@ def format_of(folder: Path) -> Format:
     """
     if (folder / PACK.config).exists():
         return PACK
+    if (folder / SHELF).exists():
+        return MODELS if any(folder.glob(f"*/{MODEL.config}")) else ADAPTERS
     adapter = (folder / ADAPTER.config).exists()
     weights = any((folder / name).exists() for name in (MODEL.single, MODEL.index))
     if adapter and weights:

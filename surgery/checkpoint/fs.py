@@ -73,6 +73,13 @@ def mkdir(path: Path) -> None:
         os.mkdir(path)
 
 
+def ensure_dir(path: Path) -> None:
+    """Create a folder whose parent exists, unless it is there."""
+    if not path.is_dir():
+        mkdir(path)
+        fsync_dir(path.parent)
+
+
 def open_write(path: Path, *, create: bool, truncate: bool = False) -> int:
     """A descriptor to read and write ``path``; with ``create`` the file need not exist yet."""
     flags = os.O_RDWR | _BINARY

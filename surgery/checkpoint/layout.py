@@ -100,11 +100,19 @@ def lay_out(
     ]
 
 
-def index_json(shards: Sequence[Shard]) -> bytes:
-    """The text of ``model.safetensors.index.json`` as transformers writes it, in UTF-8."""
+def index_json(shards: Sequence[Shard], folder: str = "") -> bytes:
+    """The text of ``model.safetensors.index.json`` as transformers writes it, in UTF-8.
+
+    Args:
+        folder: ``<name>/`` before the names and files of a shelf's member, which its index leaves out.
+    """
     index = {
         "metadata": {"total_size": sum(shard.size - len(shard.header) for shard in shards)},
-        "weight_map": {name: shard.file for shard in shards for name in shard.begin},
+        "weight_map": {
+            name.removeprefix(folder): shard.file.removeprefix(folder)
+            for shard in shards
+            for name in shard.begin
+        },
     }
     return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
 

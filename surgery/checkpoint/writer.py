@@ -133,6 +133,7 @@ class ShardWriter:
 
     def _create(self, shard: Shard) -> None:
         path = self.folder / shard.file
+        fs.ensure_dir(path.parent)
         fd = self._fds[shard.file] = fs.open_write(path, create=True, truncate=True)
         fs.fallocate(fd, shard.size, path)
         fs.pwrite(fd, shard.header, 0, path)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 DataNeed = Literal["none", "routed", "all-expert", "gram", "shifted"]
 Tier = Literal["stock", "padded", "custom", "pack"]
-FormatName = Literal["model", "adapter", "pack"]
+FormatName = Literal["model", "adapter", "pack", "adapters", "models"]
 
 
 def option(default: Any, help: str, *, choices: Sequence[str] = (), metavar: str = "") -> Any:

@@ -65,7 +65,7 @@ def card(
         licence: carried over from the sources, or None.
         base: for an adapter, the model it adapts.
     """
-    adapter = record["format"] == "adapter"
+    adapter = record["format"] in ("adapter", "adapters")
     matter = ["---", f"library_name: {'peft' if adapter else 'transformers'}"]
     if licence:
         matter.append(f"license: {licence}")
