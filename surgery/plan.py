@@ -142,6 +142,9 @@ class Plan:
             return lay_out(self.tensors, max_shard_bytes=limit, stem=found.stem)
         shards: list[Shard] = []
         for folder, specs in self._folders().items():
+            if not folder:
+                shards.extend(lay_out(specs, stem="shared"))
+                continue
             for shard in lay_out(specs, max_shard_bytes=limit, stem=found.stem):
                 begin = {f"{folder}/{name}": offset for name, offset in shard.begin.items()}
                 shards.append(Shard(f"{folder}/{shard.file}", shard.header, begin, shard.size))
@@ -163,10 +166,12 @@ class Plan:
         }
 
     def _folders(self) -> dict[str, list[TensorSpec]]:
-        """The tensors of a shelf by folder, under the names they have in it."""
+        """The tensors of a shelf by folder, under the names they have in it; those of no folder below ``""``."""
         found: dict[str, list[TensorSpec]] = {}
         for spec in self.tensors:
-            folder, _, name = spec.name.partition("/")
+            folder, slash, name = spec.name.partition("/")
+            if not slash:
+                folder, name = "", spec.name
             found.setdefault(folder, []).append(TensorSpec(name, spec.dtype, spec.shape))
         return found
 

@@ -100,20 +100,49 @@ def config(
         full: names below PREFIX of tensors that are saved in full.
     """
     first = adapters[0].config
+    saved = sorted({key for key in first.saved for name in full if key in name.split(".")[:-1]})
+    return config_of(
+        written,
+        base=first.base,
+        task=first.raw.get("task_type"),
+        revision=first.raw.get("revision"),
+        transposed=first.transposed,
+        parameters=first.parameters,
+        saved=saved,
+    )
+
+
+def config_of(
+    written: Sequence[Written],
+    *,
+    base: str | None,
+    task: object = None,
+    revision: object = None,
+    transposed: bool = False,
+    parameters: Sequence[str] = (),
+    saved: Sequence[str] = (),
+) -> dict[str, object]:
+    """A minimal PEFT config from facts; see `config`.
+
+    Args:
+        base, task, revision: what the adapter belongs to.
+        transposed: whether the base stores its weights [in, out].
+        parameters: targeted parameters, of stacked experts.
+        saved: modules that are saved in full.
+    """
     ranks = Counter(entry.rank for entry in written)
-    rank = max(ranks, key=lambda found: (ranks[found], found))
+    rank = max(ranks, key=lambda found: (ranks[found], found)) if ranks else 1
     # Keys are regular expressions that have to match this module alone, however the base's classes are nested.
     pattern = {
         entry.module.name.replace(".", r"\."): entry.rank for entry in written if entry.rank != rank
     }
-    stacked = [entry.module for entry in written if entry.module.kind == "experts"]
+    stacked = any(entry.module.kind == "experts" for entry in written)
     plain = sorted(entry.module.name for entry in written if entry.module.kind != "experts")
-    saved = sorted({key for key in first.saved for name in full if key in name.split(".")[:-1]})
     found: dict[str, object] = {
         "peft_type": "LORA",
-        "base_model_name_or_path": first.base,
-        "task_type": first.raw.get("task_type"),
-        "revision": first.raw.get("revision"),
+        "base_model_name_or_path": base,
+        "task_type": task,
+        "revision": revision,
         "r": rank,
         "lora_alpha": rank,
         "rank_pattern": pattern,
@@ -123,14 +152,14 @@ def config(
         "lora_dropout": 0.0,
         "lora_bias": any(entry.bias for entry in written),
         "bias": "none",
-        "fan_in_fan_out": first.transposed,
+        "fan_in_fan_out": transposed,
         "inference_mode": True,
         "init_lora_weights": True,
         "target_modules": plain,
-        "modules_to_save": saved or None,
+        "modules_to_save": list(saved) or None,
     }
     if stacked:
-        found["target_parameters"] = list(first.parameters)
+        found["target_parameters"] = list(parameters)
     return found
 
 

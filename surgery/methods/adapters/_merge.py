@@ -111,7 +111,7 @@ def track_factors(
                 continue
             down = weights.read(placed(module.down, index)).double()
             up = weights.read(placed(module.up, index)).double()
-            layout = _layout(adapters[index], options.expert_layout)
+            layout = layout_of(adapters[index], options.expert_layout)
             factor = module.scale * (1.0 if scales is None else scales[index])
             factors.append(
                 (
@@ -167,7 +167,7 @@ def plan_merge(
     """
     check_agreement(adapters)
     weights = parse_weights(options.weights, len(adapters), default_weight)
-    layouts = [_layout(adapter, options.expert_layout) for adapter in adapters]
+    layouts = [layout_of(adapter, options.expert_layout) for adapter in adapters]
     written: list[Written] = []
     units: list[Unit] = []
     for name, row in aligned(adapters).items():
@@ -384,7 +384,7 @@ def placed(region: Region, source: int) -> Region:
     return dataclasses.replace(region, source=source)
 
 
-def _layout(adapter: Adapter, chosen: str | None) -> str:
+def layout_of(adapter: Adapter, chosen: str | None) -> str:
     """The layout of an adapter's stacked experts, which only the user can tell where rank and count differ."""
     for module in adapter.modules.values():
         if chosen is None and module.experts > 1 and module.rank > 1:
