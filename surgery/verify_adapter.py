@@ -29,9 +29,9 @@ def verify_adapter(adapter: Adapter, report: Mapping[str, Any]) -> tuple[str, di
         if module.kind != "experts" and name not in named:
             raise VerificationError(f"{adapter.folder}: target_modules does not name {name}")
     errors = [
-        unit["stored_error"]
+        unit.get("stored_error", unit.get("error"))
         for unit in report["units"].values()
-        if isinstance(unit, Mapping) and "stored_error" in unit
+        if isinstance(unit, Mapping) and ("stored_error" in unit or "error" in unit)
     ]
     measured = max(errors, default=None)
     return (
@@ -39,7 +39,7 @@ def verify_adapter(adapter: Adapter, report: Mapping[str, Any]) -> tuple[str, di
         dict(report["exactness"])
         | {
             "measured": measured,
-            "measure": "largest relative distance of a module's change from the weighted sum",
+            "measure": "largest relative distance of a module's change from the one it stands for",
             "reference": None,
         },
     )

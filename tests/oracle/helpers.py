@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from moesurg.surgery.checkpoint.formats import format_of
+from moesurg.surgery.checkpoint.header import TensorInfo, read_header, read_json
+from moesurg.surgery.checkpoint.reader import open_checkpoint
 from moesurg.surgery.operation import Request, run
 from moesurg.surgery.progress import Silent
 
@@ -95,6 +98,20 @@ def operate(
 
 
 _FIELDS = set(Request.__dataclass_fields__) - {"command", "method", "sources", "output", "options"}
+
+
+def stored_tensors(folder: Path) -> dict[str, TensorInfo]:
+    """What lies in the files of an output, by the names in its plan."""
+    form = format_of(folder)
+    if form.member is None:
+        return dict(open_checkpoint(folder, form).tensors)
+    found: dict[str, TensorInfo] = {}
+    for member in read_json(folder / form.config)["members"]:  # type: ignore[attr-defined]
+        inner = open_checkpoint(folder / member, form.member).tensors
+        found |= {f"{member}/{name}": info for name, info in inner.items()}
+    if (folder / "shared.safetensors").exists():
+        found |= read_header(folder / "shared.safetensors")
+    return found
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -1,0 +1,265 @@
+"""Tools for adapters, against PEFT, planted changes and dense products."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from moesurg.surgery.errors import InputError, UsageError, VerificationError
+from moesurg.surgery.progress import Silent
+from moesurg.surgery.verification import verify
+from tests.oracle.helpers import logits, operate, peft, rewrite, stock, tensors, token_ids
+from tests.oracle.test_adapters import changes, distance, shelf
+
+Checkpoint = Callable[..., Path]
+
+
+def close(first: torch.Tensor, second: torch.Tensor, tolerance: float = 2e-4) -> bool:
+    return float((first - second).abs().max()) < tolerance
+
+
+def adapted(base: Path, folder: Path) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = peft(base, folder)(input_ids=token_ids(base)).logits
+    return found
+
+
+def planted(source: Path, target: Path, rank: int, names: list[str]) -> Path:
+    """A fine-tune whose named matrices changed by a product of a rank."""
+    generator = torch.Generator().manual_seed(3)
+    stored, change = tensors(source), {}
+    for name in names:
+        rows, columns = stored[name].shape
+        product = torch.randn(rows, rank, generator=generator) @ torch.randn(
+            rank, columns, generator=generator
+        )
+        change[name] = stored[name] + 0.05 * product
+    return rewrite(source, target, change)
+
+
+# Extract
+
+
+def test_a_planted_change_is_found_whole(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    base = checkpoint("llama")
+    names = [f"model.layers.{layer}.self_attn.q_proj.weight" for layer in (0, 2)]
+    names.append("model.layers.1.mlp.down_proj.weight")
+    tuned = planted(base, tmp_path / "tuned", 3, names)
+    operate("adapter", "extract", [base, tuned], tmp_path / "out", energy=1 - 1e-9)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["r"] == 3
+    assert config["rank_pattern"] == {}
+    assert config["target_modules"] == sorted(name.removesuffix(".weight") for name in names)
+    assert close(adapted(base, tmp_path / "out"), logits(tuned, token_ids(base)))
+    operate("adapter", "apply", [base, tmp_path / "out"], tmp_path / "back")
+    for name, value in tensors(tuned).items():
+        torch.testing.assert_close(tensors(tmp_path / "back")[name], value, atol=1e-5, rtol=1e-4)
+
+
+def test_experts_become_targeted_parameters(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    base = checkpoint("qwen3_moe")
+    names = [
+        f"model.layers.0.mlp.experts.{expert}.{part}_proj.weight"
+        for expert in (1, 5)
+        for part in ("gate", "up", "down")
+    ]
+    tuned = planted(base, tmp_path / "tuned", 2, names)
+    operate("adapter", "extract", [base, tuned], tmp_path / "out", rank=4)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["target_parameters"] == ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    operate("adapter", "apply", [base, tmp_path / "out"], tmp_path / "back", expert_layout="peft")
+    for name, value in tensors(tuned).items():
+        torch.testing.assert_close(tensors(tmp_path / "back")[name], value, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("changed", ["model.norm.weight", "lm_head.weight"])
+def test_what_an_adapter_does_not_hold_is_refused_or_counted(
+    changed: str, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    base = checkpoint("llama")
+    names = ["model.layers.0.self_attn.q_proj.weight"]
+    middle = planted(base, tmp_path / "middle", 2, names)
+    tuned = rewrite(middle, tmp_path / "tuned", {changed: tensors(base)[changed] + 0.1})
+    with pytest.raises(InputError, match=f"1 tensors changed .* '{changed}' first"):
+        operate("adapter", "extract", [base, tuned], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    result = operate("adapter", "extract", [base, tuned], tmp_path / "out", rest="skip")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert any(changed in note for note in report["notes"])
+    assert result["tier"] == "stock"
+
+
+def test_nothing_to_extract(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    base = checkpoint("llama")
+    with pytest.raises(InputError, match="no linear layer differs"):
+        operate("adapter", "extract", [base, base], tmp_path / "out")
+    with pytest.raises(InputError, match="1 models were given"):
+        operate("adapter", "extract", base, tmp_path / "out")
+    with pytest.raises(InputError, match="is qwen3"):
+        operate("adapter", "extract", [base, checkpoint("qwen3")], tmp_path / "out")
+
+
+def test_randomised_extraction_is_nearly_optimal(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    base = checkpoint("llama")
+    name = "model.layers.0.mlp.up_proj.weight"
+    tuned = planted(base, tmp_path / "tuned", 20, [name])
+    errors = {}
+    for fast in (False, True):
+        out = tmp_path / str(fast)
+        operate("adapter", "extract", [base, tuned], out, rank=5, fast=fast)
+        report = json.loads((out / "report.json").read_text())
+        errors[fast] = report["units"][name.removesuffix(".weight")]["error"]
+    change = tensors(tuned)[name].double() - tensors(base)[name].double()
+    values = torch.linalg.svdvals(change)
+    assert errors[False] == pytest.approx(float(values[5:].norm() / values.norm()), rel=1e-4)
+    assert errors[False] - 1e-9 <= errors[True] < 1.05 * errors[False]
+
+
+# Apply
+
+
+def test_applied_adapters_compute_what_peft_computes(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    base = checkpoint("llama")
+    for index, folder in enumerate(shelf(checkpoint)):
+        operate("adapter", "apply", [base, folder], tmp_path / str(index))
+        stock(tmp_path / str(index))
+        assert close(adapted(base, folder), logits(tmp_path / str(index), token_ids(base)))
+
+
+def test_applying_several_is_applying_their_sum(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    base, folders = checkpoint("llama"), shelf(checkpoint)
+    operate("adapter", "apply", [base, *folders], tmp_path / "one", weights="1,0.5,-1")
+    operate("merge", "cat", folders, tmp_path / "sum", weights="1,0.5,-1")
+    operate("adapter", "apply", [base, tmp_path / "sum"], tmp_path / "two")
+    for name, value in tensors(tmp_path / "one").items():
+        torch.testing.assert_close(tensors(tmp_path / "two")[name], value, atol=1e-5, rtol=1e-4)
+
+
+def test_an_adapter_of_another_base_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    folder = checkpoint("adapter")
+    with pytest.raises(InputError, match=r"module .* is linear of"):
+        operate("adapter", "apply", [checkpoint("llama", head_dim=16), folder], tmp_path / "out")
+    biased = checkpoint("adapter", lora_bias=True)
+    with pytest.raises(InputError, match="adds a bias"):
+        operate("adapter", "apply", [checkpoint("llama"), biased], tmp_path / "out")
+    with pytest.raises(InputError, match="is no linear layer"):
+        operate(
+            "adapter", "apply", [checkpoint("llama", num_hidden_layers=2), folder], tmp_path / "out"
+        )
+    with pytest.raises(InputError, match="is a model among adapters"):
+        operate("adapter", "apply", [folder, checkpoint("llama")], tmp_path / "out")
+
+
+# Resize
+
+
+def test_prefixes_of_a_resized_adapter_are_optimal(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    source = shelf(checkpoint)[2]
+    operate("adapter", "resize", source, tmp_path / "all")
+    assert distance(changes(source), changes(tmp_path / "all")) < 1e-5
+    operate("adapter", "resize", source, tmp_path / "two", rank=2)
+    stored = load_file(tmp_path / "all" / "adapter_model.safetensors")
+    cut = load_file(tmp_path / "two" / "adapter_model.safetensors")
+    for name, value in cut.items():
+        whole = stored[name]
+        prefix = whole[:2] if "lora_A" in name else whole[:, :2]
+        torch.testing.assert_close(value, prefix, atol=1e-5, rtol=1e-4)
+    for name, change in changes(source).items():
+        lost = (change - changes(tmp_path / "two")[name]).norm()
+        assert float(lost) == pytest.approx(
+            float(torch.linalg.svdvals(change)[2:].norm()), rel=1e-3, abs=1e-5
+        )
+
+
+# Split
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_experts_add_up_to_the_adapter(ranks: int, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    source, base = shelf(checkpoint)[2], checkpoint("llama")
+    operate("adapter", "split", source, tmp_path / "out", ranks=ranks)
+    members = json.loads((tmp_path / "out" / "shelf.json").read_text())["members"]
+    assert len(members) == -(-4 // ranks)
+    folders = [tmp_path / "out" / name for name in sorted(members)]
+    for folder in folders:
+        peft(base, folder)
+    operate("merge", "cat", folders, tmp_path / "sum")
+    assert distance(changes(source), changes(tmp_path / "sum")) < 1e-5
+
+
+def test_damage_in_a_folder_of_a_shelf_is_found(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    operate("adapter", "split", checkpoint("adapter"), tmp_path / "out")
+    assert verify(str(tmp_path / "out"), reference=None, device="cpu", progress=Silent())
+    file = tmp_path / "out" / "expert_1" / "adapter_model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(VerificationError, match="expert_1"):
+        verify(str(tmp_path / "out"), reference=None, device="cpu", progress=Silent())
+
+
+# Arrow
+
+
+def test_an_arrow_mixture_is_made_by_peft(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    from peft import ArrowConfig
+    from peft.tuners.lora import create_arrow_model
+
+    base, folders = checkpoint("llama"), shelf(checkpoint)
+    operate("adapter", "to-moe", folders, tmp_path / "out", top_k=2)
+    listing = json.loads((tmp_path / "out" / "shelf.json").read_text())
+    assert listing["trained"] is False
+    assert "top_k=2" in listing["call"]
+    paths = [str(tmp_path / "out" / name) for name in listing["members"]]
+    for folder, path in zip(folders, paths, strict=True):
+        found, own = changes(Path(path)), changes(folder)
+        for name, change in found.items():
+            expected = own.get(name, torch.zeros_like(change))
+            torch.testing.assert_close(change, expected, atol=1e-5, rtol=1e-4)
+    config = ArrowConfig(top_k=2, router_temperature=1.0, rng_seed=0)
+    mixture: Any = create_arrow_model(
+        base_model=stock(base), task_specific_adapter_paths=paths, arrow_config=config
+    )
+    with torch.no_grad():
+        mixture(input_ids=token_ids(base))
+    prototypes = load_file(tmp_path / "out" / "shared.safetensors")
+    name = "model.layers.0.self_attn.q_proj"
+    ours = prototypes[f"prototypes.{name}"]
+    layer = mixture.base_model.model.get_submodule(name).lora_arrow["arrow_router"]
+    cosines = (ours * layer.prototypes.float()).sum(1).abs()
+    torch.testing.assert_close(cosines, torch.ones(3), atol=2e-2, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("method", "sources", "options", "error", "message"),
+    [
+        ("to-moe", 1, {}, InputError, "two or more adapters"),
+        ("to-moe", 2, {"top_k": 0}, UsageError, "--top-k 0"),
+        ("to-moe", 2, {"temperature": 0.0}, UsageError, "--temperature"),
+        ("split", 2, {}, InputError, "takes one adapter"),
+        ("split", 1, {"ranks": 0}, UsageError, "--ranks 0"),
+        ("resize", 2, {}, InputError, "takes one adapter"),
+        ("resize", 1, {"rank": 2, "energy": 0.5}, UsageError, "exclude each other"),
+    ],
+)
+def test_what_tools_refuse(
+    method: str,
+    sources: int,
+    options: dict[str, Any],
+    error: type[Exception],
+    message: str,
+    checkpoint: Checkpoint,
+    tmp_path: Path,
+) -> None:
+    folders = [checkpoint("adapter", seed=seed) for seed in range(sources)]
+    with pytest.raises(error, match=message):
+        operate("adapter", method, folders, tmp_path / "out", **options)
+    assert not list(tmp_path.iterdir())
