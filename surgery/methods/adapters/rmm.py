@@ -100,7 +100,7 @@ def plan(adapters: Sequence[Adapter], options: Options) -> Draft:
     for adapter in adapters:
         _plain(adapter)
     names = task_names([adapter.folder for adapter in adapters])
-    layouts = [common._layout(adapter, options.expert_layout) for adapter in adapters]
+    layouts = [common.layout_of(adapter, options.expert_layout) for adapter in adapters]
     specs: list[TensorSpec] = []
     units: list[Unit] = []
     parts: dict[str, Any] = {}
