@@ -38,20 +38,27 @@ SAMPLE_HELP = "rows of each mixture's input to sample, where the method uses any
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReconstructOptions:
+class SolveOptions:
+    """The options of the solution; a method that always reconstructs inherits these alone."""
+
+    sweeps: int = option(3, "passes over the experts of a layer in a reconstruction")
+    ridge: float = option(
+        0.1,
+        "pull of a reconstruction towards the weights that it starts from, in units of the mean diagonal",
+    )
+    sample: int = option(4096, SAMPLE_HELP)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructOptions(SolveOptions):
     """The options of every method that can reconstruct; a method's ``Options`` inherits them."""
 
     reconstruct: bool = option(
         False, "solve for down projections that give the original layer's output on sampled inputs"
     )
-    sweeps: int = option(3, "passes over the experts of a layer, with --reconstruct")
-    ridge: float = option(
-        0.1, "pull towards the merged weights, in units of the mean diagonal, with --reconstruct"
-    )
-    sample: int = option(4096, SAMPLE_HELP)
 
 
-def reconstruct_params(options: ReconstructOptions) -> dict[str, Any]:
+def reconstruct_params(options: SolveOptions) -> dict[str, Any]:
     """What the units need to know; empty without reconstruction.
 
     Raises:
@@ -59,7 +66,7 @@ def reconstruct_params(options: ReconstructOptions) -> dict[str, Any]:
     """
     if options.sample < 1:
         raise UsageError(f"--sample should be at least 1, is {options.sample}")
-    if not options.reconstruct:
+    if isinstance(options, ReconstructOptions) and not options.reconstruct:
         return {}
     if options.sweeps < 1:
         raise UsageError(f"--sweeps should be at least 1, is {options.sweeps}")

@@ -10,36 +10,77 @@ row with large negative numbers is no such mask, since the sign of its logit dep
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ...architectures.base import PROJECTIONS
 from ...checkpoint.region import Region
 from ...errors import InputError, MoesurgError
 from ...plan import COPY_BUFFER, Unit
 from .._forms import Stored, pad, ragged, uniform
 from .._mixture import mixture, one_mixture, prediction_notes, replaced
 from ..base import Draft, Exactness, required
+from ..experts._function import activation, gates, require_plain, routed_output, stored
+from ..experts._reconstruct import (
+    NewExpert,
+    ReconstructOptions,
+    SolveOptions,
+    reconstruct,
+    reconstruct_memory,
+    reconstruct_params,
+)
 from ._keep import check_counts, groups_of
 
 if TYPE_CHECKING:
+    import torch
+
     from ...architectures.model import Experts, Layer, Model
     from ...execute import Work
+    from ..experts._function import Activation
 
 
-@dataclasses.dataclass(frozen=True)
-class CountOptions:
-    """What the user chooses, of a method that sees no text."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CountOptions(ReconstructOptions):
+    """What the user chooses, of a method that sees no text unless it reconstructs."""
 
     experts: int = required("experts to keep in every layer")
 
 
+@dataclasses.dataclass(frozen=True)
+class Sampled:
+    """A layer on its sampled inputs, for those who change experts before they are reconstructed.
+
+    Attributes:
+        rows_ND: inputs, float32.
+        before_NE: the original router's coefficients, float64, 0 where an expert is not selected.
+        after_NS: those of the router of the kept experts.
+        act: the gate's activation.
+    """
+
+    rows_ND: torch.Tensor
+    before_NE: torch.Tensor
+    after_NS: torch.Tensor
+    act: Activation
+
+
+Change = Callable[["Work", "Experts", list[int], Sampled, list[NewExpert]], dict[str, object]]
+"""What changes kept experts in place (all lists in the order of kept experts) and returns metrics."""
+
+
 def plan_prune(
-    models: Sequence[Model], experts: int, *, counts: Mapping[int, int] | None = None
+    models: Sequence[Model],
+    experts: int,
+    options: SolveOptions | None = None,
+    *,
+    counts: Mapping[int, int] | None = None,
+    params: Mapping[str, Any] | None = None,
 ) -> Draft:
     """A checkpoint with ``experts`` of the original experts in every layer.
 
     Args:
+        options: of a method that reconstructs, or can.
         counts: experts by layer instead, where layers differ.
+        params: what else the units that reconstruct a layer need to know.
 
     Raises:
         InputError: not one MoE, or a count its router cannot work with.
@@ -49,16 +90,25 @@ def plan_prune(
         check_counts(
             model.experts, experts, model.rule.top_k, groups_of(model), where=str(model.folder)
         )
+    solve = {} if options is None else reconstruct_params(options)
+    if solve:
+        require_plain(model)
+    sample = options.sample if options is not None and solve else 0
+    if solve:
+        solve |= params or {}
     for layer in model.moe_layers:
         _check_types(model, layer)
     form = uniform(model, experts) if counts is None else ragged(model, counts)
-    tensors, units = replaced(model, form.specs, lambda layer: _units(layer, form.of(layer)))
-    all_kept = all(stored.filled == model.experts for stored in form.layers.values())
-    exactness = (
-        Exactness("bitwise", "every expert is kept")
-        if all_kept
-        else Exactness("approximate", "tokens of dropped experts go to others")
+    tensors, units = replaced(
+        model, form.specs, lambda layer: _units(layer, form.of(layer), solve, sample)
     )
+    all_kept = all(stored.filled == model.experts for stored in form.layers.values())
+    exactness = Exactness("approximate", "tokens of dropped experts go to others")
+    if all_kept:
+        exactness = Exactness("bitwise", "every expert is kept")
+        if solve:
+            reason = "every expert is kept, and its down projection is solved for again"
+            exactness = Exactness("exact", reason)
     notes = [*prediction_notes(model), *form.note()]
     if counts is None and model.experts % 8 == 0 and experts % 8:
         notes.append(
@@ -72,8 +122,14 @@ def plan_prune(
         exactness,
         tier=form.tier,
         notes=notes,
+        sample=sample,
         files=form.files(),
     )
+
+
+def need_text(draft: Draft) -> Draft:
+    """The draft of a method that sees no text, which needs some where it reconstructs."""
+    return dataclasses.replace(draft, data="routed") if draft.sample else draft
 
 
 def transform_prune(work: Work) -> dict[str, object]:
@@ -81,13 +137,10 @@ def transform_prune(work: Work) -> dict[str, object]:
     experts = mixture(work.model.layers[work.layer])
     form = Stored.from_json(work.params["form"])
     kept = kept_experts(work.decision, experts.count, form.filled)
+    if work.params["part"] == "layer":
+        return reconstructed(work)
     if work.params["part"] == "router":
-        routing = form.routing(experts)
-        for before, after in zip(_counting(experts), _counting(routing), strict=True):
-            sources, targets = _stripes(experts, before), _stripes(routing, after)
-            for slot, expert in enumerate(kept):
-                work.copy(sources[expert], targets[slot])
-        pad(work, form, experts)
+        _route(work, experts, form, kept)
         return {}
     slot = work.params["slot"]
     output = form.experts(experts)
@@ -95,6 +148,47 @@ def transform_prune(work: Work) -> dict[str, object]:
     for source, target in zip(sources, targets, strict=True):
         work.copy(source, target)
     return {"expert": kept[slot]}
+
+
+def reconstructed(work: Work, change: Change | None = None) -> dict[str, object]:
+    """Write a whole layer with down projections that give the original layer's output again.
+
+    The target is the original mixture on the sampled inputs, the coefficients are those of the router that the
+    kept rows make; where nothing is changed before, the experts start as they were.
+    """
+    experts = mixture(work.model.layers[work.layer])
+    form = Stored.from_json(work.params["form"])
+    kept = kept_experts(work.decision, experts.count, form.filled)
+    rows_ND, act = work.inputs(), activation(work.model)
+    router_ED = work.read(experts.router)
+    before_NE = gates(work.model, rows_ND, router_ED)
+    target_ND = routed_output(work, experts, rows_ND, before_NE, act)
+    sampled = Sampled(rows_ND, before_NE, gates(work.model, rows_ND, router_ED[kept]), act)
+    found = []
+    for expert in kept:
+        places = {name: experts.region(expert, name) for name in PROJECTIONS}
+        gate, up = (stored(work.model, places[n], work.read(places[n])) for n in ("gate", "up"))
+        found.append(NewExpert(gate, up, work.read(places["down"]).float()))
+    metrics = {} if change is None else change(work, experts, kept, sampled, found)
+    downs, metrics["reconstruction"] = reconstruct(
+        rows_ND, target_ND, sampled.after_NS, found, act, **work.params["reconstruct"]
+    )
+    _route(work, experts, form, kept)
+    output = form.experts(experts)
+    for slot, (new, down) in enumerate(zip(found, downs, strict=True)):
+        for name, matrix in (("gate", new.gate), ("up", new.up), ("down", down)):
+            work.write(output.region(slot, name), matrix)
+    return {"experts": kept, **metrics}
+
+
+def _route(work: Work, experts: Experts, form: Stored, kept: Sequence[int]) -> None:
+    """Move the kept rows of the router and of whatever else counts experts, and pad."""
+    routing = form.routing(experts)
+    for before, after in zip(_counting(experts), _counting(routing), strict=True):
+        sources, targets = _stripes(experts, before), _stripes(routing, after)
+        for slot, expert in enumerate(kept):
+            work.copy(sources[expert], targets[slot])
+    pad(work, form, experts)
 
 
 def kept_experts(decision: Any, experts: int, count: int) -> list[int]:
@@ -120,7 +214,7 @@ def _check_types(model: Model, layer: Layer) -> None:
                 )
 
 
-def _units(layer: Layer, form: Stored) -> Iterator[Unit]:
+def _units(layer: Layer, form: Stored, solve: dict[str, Any], sample: int) -> Iterator[Unit]:
     experts = mixture(layer)
     routing, output = form.routing(experts), form.experts(experts)
     stripes = [
@@ -129,6 +223,19 @@ def _units(layer: Layer, form: Stored) -> Iterator[Unit]:
         for stripe in _stripes(routing, name)[: form.real_rows]
     ]
     matrix = experts.hidden * experts.width
+    if solve:
+        # Beside the solution: one expert that is read, its activations and the coefficients before.
+        reading = 24 * matrix + sample * (12 * experts.width + 16 * experts.count)
+        blocks = [block for slot in range(form.filled) for block in _regions(output, slot)]
+        yield Unit(
+            f"layer.{layer.index}.experts",
+            "transform",
+            layer.index,
+            writes=(*stripes, *form.padding(experts), *blocks),
+            params={"part": "layer", "form": form.to_json(), **solve},
+            memory=COPY_BUFFER + reading + reconstruct_memory(experts, form.filled, sample),
+        )
+        return
     yield Unit(
         f"layer.{layer.index}.router",
         "transform",
@@ -145,6 +252,10 @@ def _units(layer: Layer, form: Stored) -> Iterator[Unit]:
             writes=tuple(_blocks(output, slot, experts)),
             params={"part": "expert", "slot": slot, "form": form.to_json()},
         )
+
+
+def _regions(experts: Experts, slot: int) -> list[Region]:
+    return [experts.region(slot, name) for name in PROJECTIONS]
 
 
 def _blocks(experts: Experts, expert: int, other: Experts) -> list[Region]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import InputError
 from ..base import Draft, option, required
+from ..experts._reconstruct import ReconstructOptions
 from ._keep import groups_of, keep_list, super_experts
 from ._prune import plan_prune
 
@@ -51,8 +52,8 @@ SUMS = {
 """The field that holds the sum of g^alpha ||f||^beta, by (alpha, beta)."""
 
 
-@dataclass(frozen=True)
-class Options:
+@dataclass(frozen=True, kw_only=True)
+class Options(ReconstructOptions):
     """What the user chooses."""
 
     experts: int = required("experts to keep in every layer")
@@ -117,7 +118,7 @@ def constraints(
 
 def plan_scored(models: Sequence[Model], options: Options) -> Draft:
     """A checkpoint with ``options.experts`` of the experts of every layer."""
-    return plan_prune(models, options.experts)
+    return plan_prune(models, options.experts, options)
 
 
 def by_score(

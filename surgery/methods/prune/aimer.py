@@ -23,7 +23,7 @@ from .._mixture import mixture
 from ..base import Draft, MethodInfo
 from ._keep import groups_of, keep_list
 from ._prune import CountOptions as Options
-from ._prune import plan_prune, transform_prune
+from ._prune import need_text, plan_prune, transform_prune
 
 if TYPE_CHECKING:
     from ...architectures.model import Experts, Model
@@ -42,7 +42,7 @@ INFO = MethodInfo(
 
 def plan(models: Sequence[Model], options: Options) -> Draft:
     """A checkpoint with ``options.experts`` of the experts of every layer."""
-    return plan_prune(models, options.experts)
+    return need_text(plan_prune(models, options.experts, options))
 
 
 def decide_from_weights(

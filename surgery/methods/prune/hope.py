@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import InputError
 from ..base import Draft, MethodInfo, option, required
+from ..experts._reconstruct import ReconstructOptions
 from ._keep import candidates, count_subsets, groups_of, subsets
 from ._prune import plan_prune, transform_prune
 from ._saliency import PROTECT, PROTECT_HELP, UNSEEN, constraints
@@ -61,8 +62,8 @@ ROUNDING = 1e-12
 """Objectives closer than this share of the sum of F count as equal."""
 
 
-@dataclass(frozen=True)
-class Options:
+@dataclass(frozen=True, kw_only=True)
+class Options(ReconstructOptions):
     """What the user chooses."""
 
     experts: int = required("experts to keep in every layer")
@@ -97,7 +98,7 @@ class Solution:
 
 def plan(models: Sequence[Model], options: Options) -> Draft:
     """A checkpoint with ``options.experts`` of the experts of every layer."""
-    return plan_prune(models, options.experts)
+    return plan_prune(models, options.experts, options)
 
 
 def decide(model: Model, options: Options, statistics: Statistics, seed: int) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from ...errors import InputError, UsageError
 from .._mixture import mixture
 from ..base import Draft, MethodInfo, option, required
 from ..experts._function import require_plain
+from ..experts._reconstruct import ReconstructOptions
 from ._keep import candidates, groups_of, subsets
 from ._prune import plan_prune, transform_prune
 from ._saliency import PROTECT, PROTECT_HELP, UNSEEN, constraints
@@ -63,8 +64,8 @@ ROUNDING = 1e-12
 """Losses closer than this share of the output's norm count as equal."""
 
 
-@dataclass(frozen=True)
-class Options:
+@dataclass(frozen=True, kw_only=True)
+class Options(ReconstructOptions):
     """What the user chooses."""
 
     experts: int = required("experts to keep in every layer")
@@ -84,7 +85,7 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
     """A checkpoint with ``options.experts`` of the experts of every layer."""
     if options.samples < 1:
         raise UsageError(f"--samples should be at least 1, is {options.samples}")
-    draft = plan_prune(models, options.experts)
+    draft = plan_prune(models, options.experts, options)
     (model,) = models
     require_plain(model)
     sets = math.comb(model.experts, options.experts)
@@ -94,7 +95,7 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
             f"experts, naee tries at most {LARGEST:,}",
             hint="use --method hope or reap",
         )
-    return dataclasses.replace(draft, sample=options.samples)
+    return dataclasses.replace(draft, sample=max(options.samples, draft.sample))
 
 
 def decide_from_weights(

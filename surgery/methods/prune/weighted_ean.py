@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import UsageError
 from ..base import Draft, MethodInfo, option, required
+from ..experts._reconstruct import ReconstructOptions
 from ._prune import plan_prune, transform_prune
 from ._saliency import PROTECT, PROTECT_HELP, UNSEEN, UNSEEN_HELP, decide_by_score, saliency
 
@@ -34,8 +35,8 @@ INFO = MethodInfo(
 )
 
 
-@dataclass(frozen=True)
-class Options:
+@dataclass(frozen=True, kw_only=True)
+class Options(ReconstructOptions):
     """What the user chooses."""
 
     experts: int = required("experts to keep in every layer")
@@ -53,7 +54,7 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
     """A checkpoint with ``options.experts`` of the experts of every layer."""
     if options.power not in (1, 2):
         raise UsageError(f"--power should be 1 or 2, is {options.power}")
-    return plan_prune(models, options.experts)
+    return plan_prune(models, options.experts, options)
 
 
 def decide(model: Model, options: Options, statistics: Statistics, seed: int) -> dict[str, Any]:

@@ -1,0 +1,129 @@
+"""Perplexity per domain after every method, on text that calibration did not see.
+
+    python -m tests.benchmarks.quality experts a.txt b.txt … --experts 12 8
+
+Each file is a domain. Its first nine tenths calibrate, a slice of its last tenth is measured. Prints a Markdown table.
+Not run by pytest. ``experts``: every merging and pruning method of a mixture, as it is and with ``--reconstruct``;
+a control drawn at random is the mean over three seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from moesurg.surgery.architectures.model import Model
+from moesurg.surgery.calibration.run import calibrate
+from moesurg.surgery.methods import load, taking
+from moesurg.surgery.progress import Silent
+from tests.benchmarks.measure import ROOT, SEQ_LEN, head, operate, perplexities, row, split
+
+SEEDS = (0, 1, 2)
+VARIANTS: dict[str, dict[str, object]] = {
+    "prune hope --mean all": {"mean": "all"},
+    "prune weighted-ean --power 2": {"power": 2},
+}
+"""Options beside the defaults that are measured too."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parts = parser.add_subparsers(dest="part", required=True)
+    experts_parser(parts.add_parser("experts", help="merge and prune"))
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        arguments.measure(arguments, Path(name))
+
+
+def experts_parser(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(measure=experts)
+    parser.add_argument("texts", nargs="+", type=Path)
+    parser.add_argument("--model", type=Path, default=ROOT / "fixtures" / "tiny-moe")
+    parser.add_argument("--experts", nargs="+", type=int, default=[12, 8])
+    parser.add_argument("--tokens", type=int, default=36864, help="for calibration")
+    parser.add_argument("--sample", type=int, default=36864, help="inputs kept of each mixture")
+    parser.add_argument("--eval-tokens", type=int, default=12000)
+    parser.add_argument("--ridge", type=float, default=0.1)
+    parser.add_argument("--methods", nargs="+", default=labels(), metavar="LABEL")
+
+
+def labels() -> list[str]:
+    """Every method that makes fewer experts, such as ``merge ream``, and the variants."""
+    found = [
+        f"{command} {name}" for command in ("merge", "prune") for name in taking(command, "models")
+    ]
+    return sorted([*found, *VARIANTS])
+
+
+def experts(arguments: argparse.Namespace, folder: Path) -> None:
+    """The table of methods that make fewer experts."""
+    seen, held_out = split(arguments.texts, folder)
+    statistics = folder / "statistics"
+    calibrate(
+        str(arguments.model),
+        statistics,
+        data=seen,
+        tokens=arguments.tokens,
+        seq_len=SEQ_LEN,
+        mode="all-expert",
+        inputs=arguments.sample,
+        gram=False,
+        trace=False,
+        device="cpu",
+        force=False,
+        resume=False,
+        progress=Silent(),
+    )
+    source = Model.open(arguments.model)
+    base = perplexities(arguments.model, held_out, arguments.eval_tokens)
+    head("experts", "method", "reconstructed", *base, "error before", "error after")
+    row(str(source.experts), "source", "", *base.values(), "", "")
+    for count in arguments.experts:
+        for label in arguments.methods:
+            command, name = label.split()[:2]
+            fields = {field.name for field in dataclasses.fields(load(command, name).options)}
+            for solve in (False, True) if "reconstruct" in fields else (True,):
+                options: dict[str, Any] = {
+                    "experts": count,
+                    "reconstruct": solve,
+                    "sample": arguments.sample,
+                    "ridge": arguments.ridge,
+                }
+                options = {key: value for key, value in options.items() if key in fields}
+                options |= VARIANTS.get(label, {})
+                blind = load(command, name).info.data == "none" and not solve
+                results, errors = [], []
+                for seed in SEEDS if name == "random" else SEEDS[:1]:
+                    output = folder / "output"
+                    report = operate(
+                        command,
+                        name,
+                        arguments.model,
+                        output,
+                        options,
+                        seed=seed,
+                        calibration=None if blind else statistics,
+                    )
+                    results.append(perplexities(output, held_out, arguments.eval_tokens))
+                    errors.append(layer_errors(report))
+                mean = [sum(r[key] for r in results) / len(results) for key in base]
+                before, after = (sum(e[i] for e in errors) / len(errors) for i in (0, 1))
+                shown = (f"{before:.3f}", f"{after:.3f}") if solve else ("", "")
+                row(str(count), label, "yes" if solve else "no", *mean, *shown)
+
+
+def layer_errors(report: dict[str, Any]) -> tuple[float, float]:
+    """Relative error of the mixtures' output on the sampled inputs, mean of the layers, before and after solving."""
+    units = report["units"].values()
+    found = [unit["reconstruction"] for unit in units if "reconstruction" in unit]
+    if not found:
+        return 0.0, 0.0
+    before = sum(layer["error_before"] for layer in found) / len(found)
+    return before, sum(layer["error_after"] for layer in found) / len(found)
+
+
+if __name__ == "__main__":
+    main()
