@@ -169,3 +169,15 @@ def test_ranks_that_mean_nothing_are_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         operate("expert", "lowrank", checkpoint("mixtral"), tmp_path / "out", **options)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "hunyuan_v1_moe", "deepseek_v3"])
+def test_expanding_gives_the_dense_form(
+    family: str, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    source = checkpoint(family)
+    options = {"rank": "1-3:4;5:full;6:0", "base": "mean"}
+    operate("expert", "lowrank", source, tmp_path / "custom", **options)
+    operate("expert", "lowrank", source, tmp_path / "dense", form="dense", **options)
+    operate("convert", "expand", tmp_path / "custom", tmp_path / "stock")
+    assert drift(tmp_path / "dense", tmp_path / "stock") < 1e-4

@@ -122,3 +122,15 @@ def test_families_without_a_shared_expert_are_refused(
         )
     with pytest.raises(InputError, match="is a mixture already"):
         operate("upcycle", "ternary", checkpoint("mixtral"), tmp_path / "out", experts=3)
+
+
+def test_expanding_gives_the_dense_form(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    source = checkpoint("llama", dtype="bfloat16")
+    for form, activations in (("packed", "full"), ("dense", "full")):
+        out = tmp_path / form
+        operate("upcycle", "ternary", source, out, experts=2, form=form, activations=activations)
+    operate("convert", "expand", tmp_path / "packed", tmp_path / "stock")
+    assert drift(tmp_path / "dense", tmp_path / "stock") < 1e-6
+    operate("upcycle", "ternary", source, tmp_path / "int8", experts=2)
+    with pytest.raises(InputError, match="to 8 bits"):
+        operate("convert", "expand", tmp_path / "int8", tmp_path / "no")

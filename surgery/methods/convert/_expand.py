@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -43,14 +43,15 @@ def pieces(model: CustomModel) -> Iterator[Piece]:
     Raises:
         InputError: a part that stock classes cannot hold, or tensors that do not fit the config.
     """
+    known = _parts()
     for key, entry in model.parts.items():
-        if key not in PARTS:
+        if key not in known:
             raise InputError(
                 f"{model.folder}: its {key} cannot be stored as stock {model.family.class_name}"
             )
         if not isinstance(entry, Mapping):
             raise InputError(f"{model.folder / 'config.json'}: {key} is not an object")
-        yield from PARTS[key](model, entry)
+        yield from known[key](model, entry)
 
 
 def stored(model: CustomModel, name: str, axes: int = 2) -> Region:
@@ -178,6 +179,10 @@ def expanded(work: Work) -> torch.Tensor:
     """The matrix that a unit's reads stand for, float64."""
     if work.params["form"] == "mapped":
         return _mapped_row(work)
+    if work.params["form"] in ("change", "ternary"):
+        from ._expand_experts import multiplied
+
+        return multiplied(work)
     first, second, *others = (work.read(region) for region in work.unit.reads)
     if work.params["form"] == "factors":
         return second.double() @ first.double()
@@ -191,5 +196,13 @@ def expanded(work: Work) -> torch.Tensor:
     return Pivoted(first.double(), second.double(), index).unpack()
 
 
-PARTS = {LINEARS: _linears, MIXTURES: _mixtures}
-"""By key of the config: how that part becomes stock tensors."""
+def _parts() -> dict[str, Callable[[CustomModel, Mapping[str, Any]], Iterator[Piece]]]:
+    """By key of the config: how that part becomes stock tensors."""
+    from ._expand_experts import LOWRANK, TERNARY, lowrank, ternary
+
+    return {
+        LINEARS: _linears,
+        MIXTURES: _mixtures,
+        LOWRANK: lowrank,
+        TERNARY: ternary,
+    }

@@ -6,6 +6,8 @@ stock models (merging, upcycling, pruning, another compression). Each matrix is
 
     W = B A                                            of two factors,
     W[pivots] = P,  W[others] = C P                    of pivot rows and coefficients,
+    W_e = W_base + B_e A_e                             of experts stored as a base and changes of low rank,
+    W_e = alpha_e * codes_e                            of ternary experts,
 
 multiplied in float64 and rounded once to the type the factors are stored in. In float32 the logits are those of the
 compressed model up to rounding; in half precision they differ by that one rounding, and by the roundings between two
