@@ -12,11 +12,22 @@ token, and the shared down projection is doubled, which costs no rounding.
 
 ``--expert-width`` makes narrower routed experts, each with its own random choice of the dense neurons; experts of the
 full width all copy the feed-forward, and differ in what the router sends them.
+
+``--preset residual`` is the residual form of DeepSpeed-MoE (arXiv:2201.05596): one selected expert corrects the dense
+feed-forward, so k is 1, with its share of the softmax as the weight where the family can leave weights as they are.
+DeepSpeed weighs the two by a softmax of their own; stock classes have a sigmoid before the shared expert at most.
+
+``--preset isolated`` is DeepSeekMoE's architecture (arXiv:2401.06066): the feed-forward is cut into E + S segments of
+one width, S of them (``--isolated``) are the shared expert and E the routed ones. DeepSeekMoE trains from nothing
+and says nothing of which neurons; here the shared ones are those of largest |gate| |up| |down|, the product of their
+row and column norms; the others are dealt at random. Routed down projections are multiplied so that with equal weights
+a selected expert counts once, and the function is the dense one if all are selected with equal weights: with fewer it
+is a start for training. ``split`` looks for segments that work together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,6 +36,7 @@ from ...errors import InputError, UsageError
 from ...plan import Unit
 from ..base import Draft, Exactness, MethodInfo, option
 from . import _common as common
+from ._isolation import distribute, segment, unit
 
 if TYPE_CHECKING:
     from ...architectures.model import Experts, Layer, Model
@@ -45,6 +57,13 @@ class Options(common.GrowOptions):
     expert_width: int | None = option(
         None, "neurons of a routed expert; by default those of the feed-forward"
     )
+    preset: str | None = option(
+        None,
+        "residual: one silent expert beside the feed-forward (DeepSpeed); isolated: the feed-forward cut into shared "
+        "and routed segments (DeepSeekMoE)",
+        choices=("residual", "isolated"),
+    )
+    isolated: int = option(1, "shared segments of the preset of that name")
 
 
 def plan(models: Sequence[Model], options: Options) -> Draft:
@@ -57,19 +76,18 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
     model = common.one_dense(models, "shared-expert upcycling")
     common.check_counts(options.experts, options.top_k, options.router_std)
     neurons = model.config.integer("intermediate_size")
+    if options.preset == "isolated":
+        return _plan_isolated(model, options, neurons)
     width = neurons if options.expert_width is None else options.expert_width
     if width < 1:
         raise UsageError(f"--expert-width should be at least 1, is {width}")
     if width > neurons:
         raise InputError(f"--expert-width {width}: the feed-forward has {neurons} neurons")
-    mixture = common.grow(
-        model,
-        experts=options.experts,
-        top_k=options.top_k,
-        target=options.target,
-        width=width,
-        shared_width=neurons,
-    )
+    residual = options.preset == "residual"
+    top_k = 1 if residual else options.top_k
+    mixture = _grow(model, options, top_k, width, neurons, {})
+    if residual and "norm_topk_prob" in mixture.raw:
+        mixture = _grow(model, options, top_k, width, neurons, {"norm_topk_prob": False})
 
     def fill(layer: Layer, experts: Experts) -> tuple[list[Unit], common.Moves]:
         units = [common.router_unit(layer, experts, options.router_std)]
@@ -85,6 +103,43 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
     return common.draft(mixture, fill, Exactness("exact", reason))
 
 
+def _plan_isolated(model: Model, options: Options, neurons: int) -> Draft:
+    if options.isolated < 1:
+        raise UsageError(f"--isolated should be at least 1, is {options.isolated}")
+    if options.expert_width is not None:
+        raise UsageError("--preset isolated sets the width itself", hint="leave out --expert-width")
+    width = segment(neurons, options.experts, options.isolated)
+    mixture = _grow(model, options, options.top_k, width, width * options.isolated, {})
+
+    def fill(layer: Layer, experts: Experts) -> tuple[list[Unit], common.Moves]:
+        router = common.router_unit(layer, experts, options.router_std)
+        return [router, unit(mixture, layer, experts)], []
+
+    reason = "of the routed neurons only those of selected experts work"
+    if options.top_k == options.experts:
+        reason = "routed experts all work, weighed by the router"
+    return common.draft(mixture, fill, Exactness("approximate", reason))
+
+
+def _grow(
+    model: Model,
+    options: Options,
+    top_k: int,
+    width: int,
+    shared: int,
+    changes: Mapping[str, object],
+) -> common.Mixture:
+    return common.grow(
+        model,
+        experts=options.experts,
+        top_k=top_k,
+        target=options.target,
+        width=width,
+        shared_width=shared,
+        changes=changes,
+    )
+
+
 def transform(work: Work) -> dict[str, object]:
     """Draw router rows, double the shared down projection, or fill a silent expert."""
     import torch
@@ -92,6 +147,8 @@ def transform(work: Work) -> dict[str, object]:
     done = common.fill_common(work)
     if done is not None:
         return done
+    if work.params["part"] == "segments":
+        return distribute(work)
     *copied, down = work.unit.writes
     if copied:
         neurons = work.unit.reads[0].shape[0]
