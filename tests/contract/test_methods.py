@@ -70,6 +70,8 @@ SOURCES: dict[str, list[tuple[str, dict[str, Any]]]] = {
 OPTIONS: dict[str, dict[str, Any]] = {
     "upcycle ternary": {"experts": 3},
     "adapter extract": {"rest": "skip", "rank": 3},
+    "compress mobe": {"steps": 3},
+    "compress slbf": {"steps": 3},
     "upcycle split": {"experts": 2},
     "upcycle virtual-groups": {"granularity": 2},
     "convert layout": {"layout": "fused"},

@@ -20,6 +20,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "molae": {"group": 2, "down": True},
     "d2-moe": {},
     "resmoe": {},
+    "mobe": {"steps": 2, "inner": 8},
+    "slbf": {"steps": 2, "inner": 10},
 }
 RATIO = 0.25
 
