@@ -20,7 +20,7 @@ from moesurg.surgery.progress import Silent
 from moesurg.surgery.sources import open_source
 from moesurg.surgery.verification import verify
 from tests.faults.harness import digest
-from tests.oracle.helpers import custom, operate, peft, stock, stored_tensors
+from tests.oracle.helpers import custom, grams_of, operate, peft, stock, stored_tensors
 
 Checkpoint = Callable[..., Path]
 BF16 = {"dtype": "bfloat16"}
@@ -43,6 +43,7 @@ SOURCES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "merge karcher": THREE,
     "merge linear": TWO,
     "merge model-stock": THREE,
+    "merge regmean": TWO,
     "merge sce": THREE,
     "merge slerp": TWO,
     "merge task-arithmetic": TWO,
@@ -105,8 +106,11 @@ def method(request: pytest.FixtureRequest) -> Method:
     return found
 
 
-def options_of(method: Method) -> dict[str, Any]:
-    return {**DEFAULTS, **OPTIONS.get(key(method), {})}
+def options_of(method: Method, sources: list[Path]) -> dict[str, Any]:
+    found = {**DEFAULTS, **OPTIONS.get(key(method), {})}
+    if key(method) == "merge regmean":
+        found["grams"] = ",".join(str(grams_of(source)) for source in sources)
+    return found
 
 
 @pytest.fixture
@@ -124,7 +128,7 @@ def sources(
 
 def perform(method: Method, sources: list[Path], output: Path, **arguments: Any) -> dict[str, Any]:
     return operate(
-        method.command, method.name, sources, output, **{**options_of(method), **arguments}
+        method.command, method.name, sources, output, **{**options_of(method, sources), **arguments}
     )
 
 
@@ -267,7 +271,7 @@ def test_the_plan_survives_json(method: Method, sources: list[Path]) -> None:
     from moesurg.surgery.operation import Request, _plan
 
     models = [open_source(source) for source in sources]
-    options = options_of(method)
+    options = options_of(method, sources)
     draft = method.plan(models, method.parse(options))
     folders = tuple(map(str, sources))
     request = Request(method.command, method.name, folders, None, options)

@@ -114,6 +114,27 @@ def stored_tensors(folder: Path) -> dict[str, TensorInfo]:
     return found
 
 
+def grams_of(source: Path) -> Path:
+    """A folder of Gram matrices of a model's inputs, made once beside it."""
+    from moesurg.surgery.architectures.model import Model
+    from moesurg.surgery.calibration.gram_folder import calibrate_grams
+
+    folder = source.parent / "grams"
+    if not folder.exists():
+        calibrate_grams(
+            Model.open(source),
+            folder,
+            data=(),
+            tokens=600,
+            seq_len=64,
+            device="cpu",
+            force=False,
+            resume=False,
+            progress=Silent(),
+        )
+    return folder
+
+
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a folder."""
     found: dict[str, torch.Tensor] = {}

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from moesurg.surgery.calibration.gram_folder import Grams
 from moesurg.surgery.errors import InputError, UsageError
 from moesurg.surgery.methods.models import _merge
 from moesurg.surgery.sweep import simplex
 from tests.conftest import Result
-from tests.oracle.helpers import drift, operate, rewrite, stock, tensors
+from tests.oracle.helpers import drift, grams_of, operate, rewrite, stock, tensors
 
 Checkpoint = Callable[..., Path]
 Tensors = dict[str, torch.Tensor]
@@ -304,3 +305,47 @@ def test_a_simplex_has_as_many_points_as_there_are_ways_to_share() -> None:
     found = simplex("simplex:step=0.25", 3)
     assert len(found) == len(set(found)) == 15
     assert all(sum(weights) == 1 for weights in found)
+
+
+# RegMean
+
+
+@pytest.fixture(scope="module")
+def grams(folders: list[Path]) -> list[Path]:
+    """Gram matrices of the inputs of every model."""
+    return [grams_of(folder) for folder in folders[:2]]
+
+
+def test_regmean_solves_the_least_squares(
+    folders: list[Path], grams: list[Path], tmp_path: Path
+) -> None:
+    """The gradient of the weighted loss on each model's inputs vanishes, but for what the damping adds."""
+    from moesurg.surgery.architectures.linears import linears
+    from moesurg.surgery.architectures.model import Model
+
+    both = ",".join(map(str, grams))
+    options = {"grams": both, "ratio": 1.0, "damping": 1e-9, "weights": "1,3"}
+    found = merge("regmean", folders[:2], tmp_path / "out", **options)
+    before = [tensors(folder) for folder in folders[:2]]
+    for linear in linears(Model.open(folders[0])):
+        name, pull, size = linear.region.tensor, torch.zeros(()).double(), 0.0
+        for weight, model, folder in zip((0.25, 0.75), before, grams, strict=True):
+            gram, rows = Grams.open(folder).read(linear.layer, linear.module)
+            part = weight * (flat(found, name) - flat(model, name)) @ gram.double() / rows
+            pull, size = pull + part, size + float(part.norm())
+        assert float(pull.norm()) < 1e-4 * size, name
+    norm = "model.norm.weight"
+    mean = (flat(before[0], norm) + 3 * flat(before[1], norm)) / 4
+    assert torch.allclose(flat(found, norm), mean, atol=1e-7)
+
+
+def test_regmean_of_equal_models_and_of_wrong_folders(
+    folders: list[Path], grams: list[Path], tmp_path: Path
+) -> None:
+    twice = f"{grams[0]},{grams[0]}"
+    found = merge("regmean", [folders[0]] * 2, tmp_path / "out", grams=twice)
+    check(found, lambda name: flat(tensors(folders[0]), name), 1e-7)
+    with pytest.raises(InputError, match="statistics of another model"):
+        merge("regmean", folders[:2], tmp_path / "x", grams=f"{grams[1]},{grams[0]}")
+    with pytest.raises(UsageError, match="1 folders for 2 models"):
+        merge("regmean", folders[:2], tmp_path / "x", grams=str(grams[0]))
