@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from moesurg.surgery.adapters.adapter import Adapter
 from moesurg.surgery.errors import InputError, UsageError
-from tests.oracle.helpers import operate, peft, token_ids
+from tests.oracle.helpers import operate, peft, stock, token_ids
 
 Checkpoint = Callable[..., Path]
 SHELF: list[dict[str, Any]] = [
@@ -199,3 +199,88 @@ def test_weights_have_to_fit(weights: str, checkpoint: Checkpoint, tmp_path: Pat
     folders = [checkpoint("adapter", seed=seed) for seed in (1, 2)]
     with pytest.raises(UsageError, match="--weights"):
         operate("merge", "cat", folders, tmp_path / "out", weights=weights)
+
+
+def saved_by_peft(model: Any, folder: Path, **config: Any) -> Any:
+    """PEFT's own adapter with random factors on a model, saved; returns the adapted model."""
+    import warnings
+
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    wanted = LoraConfig(r=3, lora_alpha=7, init_lora_weights=False, **config)
+    adapted: Any = get_peft_model(model, wanted)
+    with torch.no_grad():
+        for name, value in adapted.named_parameters():
+            if "modules_to_save" in name and "lora" not in name:
+                value.add_(0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT looks for the base's config on the Hub
+        adapted.save_pretrained(str(folder), save_embedding_layers=False)
+    return adapted.eval()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj", "v_proj"], "use_rslora": True},
+    ],
+    ids=["embedding", "saved-in-full", "rslora"],
+)
+def test_an_adapter_that_peft_wrote_stays_itself(
+    config: dict[str, Any], checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    base = checkpoint("llama")
+    adapted = saved_by_peft(stock(base), tmp_path / "in", task_type="CAUSAL_LM", **config)
+    with torch.no_grad():
+        expected = adapted(input_ids=token_ids(base)).logits
+    operate("merge", "cat", tmp_path / "in", tmp_path / "out")
+    assert (outputs(base, tmp_path / "out") - expected).abs().max() < 1e-4
+
+
+def test_modules_in_full_are_not_merged(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    base = checkpoint("llama")
+    for name in ("one", "two"):
+        saved_by_peft(
+            stock(base),
+            tmp_path / name,
+            target_modules=["q_proj"],
+            modules_to_save=["lm_head"],
+            task_type="CAUSAL_LM",
+        )
+    with pytest.raises(InputError, match=r"holds lm_head.weight in full"):
+        operate("merge", "svd", [tmp_path / "one", tmp_path / "two"], tmp_path / "out")
+
+
+class Convolutions(torch.nn.Module):
+    """A model with a convolution of each dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = torch.nn.Conv1d(4, 6, 3, padding=1)
+        self.conv2 = torch.nn.Conv2d(3, 5, (3, 2))
+
+    def forward(self, signal: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.conv1(signal).flatten(1), self.conv2(image).flatten(1)], dim=1)
+
+
+def test_convolutions_keep_their_kernels(tmp_path: Path) -> None:
+    """PEFT's own truncating merger fails on some of them."""
+    from peft import PeftModel
+
+    torch.manual_seed(1)
+    model = Convolutions()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    adapted = saved_by_peft(model, tmp_path / "in", target_modules=["conv1", "conv2"])
+    inputs = (torch.randn(2, 4, 9), torch.randn(2, 3, 8, 7))
+    with torch.no_grad():
+        expected = adapted(*inputs)
+    operate("merge", "svd", tmp_path / "in", tmp_path / "out")
+    fresh: Any = Convolutions()
+    fresh.load_state_dict(state)
+    loader: Any = PeftModel
+    again = loader.from_pretrained(fresh, str(tmp_path / "out")).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(*inputs), expected, atol=1e-4, rtol=1e-4)
