@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 """Version of the documents that ``--json`` prints; a key that goes or changes meaning raises it."""
 
-PIPE_WIDTH = 200
+PIPE_WIDTH = 300
 """Columns where the output is no terminal, so that tables are not cut for a reader that is a program."""
 
 
