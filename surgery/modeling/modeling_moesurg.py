@@ -14,6 +14,8 @@ from typing import Any
 import transformers
 
 # Imports of this form are those that transformers follows when it copies a folder's code.
+from .moesurg_bam import KEY as BAM
+from .moesurg_bam import apply as apply_bam
 from .moesurg_linears import KEY as LINEARS
 from .moesurg_linears import apply as apply_linears
 from .moesurg_lowrank_experts import KEY as LOWRANK_EXPERTS
@@ -30,6 +32,7 @@ from .moesurg_ternary_experts import KEY as TERNARY_EXPERTS
 from .moesurg_ternary_experts import apply as apply_ternary_experts
 
 PARTS = (
+    (BAM, apply_bam),
     (MIXTURES, apply_mixtures),
     (NULL_EXPERTS, apply_null_experts),
     (LOWRANK_EXPERTS, apply_lowrank_experts),

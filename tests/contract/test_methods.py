@@ -34,7 +34,7 @@ SOURCES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "upcycle": [("llama", BF16)],
     "merge": [("qwen3_moe", BF16)],
     "prune": [("qwen3_moe", BF16)],
-    "upcycle bam-fixed": [("llama", BF16), ("llama", {**BF16, "seed": 1})],
+    "upcycle bam": [("llama", BF16), ("llama", {**BF16, "seed": 1})],
     "upcycle btx": [("llama", BF16), ("llama", {**BF16, "seed": 1})],
     "merge breadcrumbs": THREE,
     "merge dare": THREE,

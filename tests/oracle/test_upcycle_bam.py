@@ -23,16 +23,18 @@ PAIRS = [
 
 @pytest.mark.parametrize(("family", "target"), PAIRS)
 @pytest.mark.parametrize(
-    "options", [{}, {"share_kv": True}, {"gates": "0.7,0.2,0.1", "share_kv": True}]
+    "options", [{}, {"kv": "shared"}, {"gates": "0.7,0.2,0.1", "kv": "shared"}]
 )
 def test_equal_models_are_one_model(
     checkpoint: Checkpoint, tmp_path: Path, family: str, target: str, options: dict[str, Any]
 ) -> None:
     source, output = checkpoint(family), tmp_path / "moe"
-    result = operate("upcycle", "bam-fixed", [source] * 3, output, target=target, **options)
+    result = operate(
+        "upcycle", "bam", [source] * 3, output, target=target, **options, fold_gates=True
+    )
     assert result["exactness"]["kind"] == "exact"
     assert drift(source, output) < 1e-4
-    assert stock(output).config.num_key_value_heads == (2 if options.get("share_kv") else 6)
+    assert stock(output).config.num_key_value_heads == (2 if options.get("kv") else 6)
 
 
 def attention(folder: Path, hidden: torch.Tensor) -> torch.Tensor:
@@ -54,7 +56,7 @@ def attention(folder: Path, hidden: torch.Tensor) -> torch.Tensor:
 def test_it_is_the_weighted_sum_of_the_attentions(checkpoint: Checkpoint, tmp_path: Path) -> None:
     sources = [checkpoint("qwen2", seed=seed) for seed in range(3)]
     gates = [0.5, 0.3, 0.2]
-    operate("upcycle", "bam-fixed", sources, tmp_path / "moe", gates="0.5,0.3,0.2")
+    operate("upcycle", "bam", sources, tmp_path / "moe", gates="0.5,0.3,0.2", fold_gates=True)
     hidden = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(3))
     expected = sum(
         gate * attention(source, hidden) for gate, source in zip(gates, sources, strict=True)
@@ -69,7 +71,7 @@ def test_with_shared_keys_only_queries_and_outputs_differ(
     from tests.oracle.helpers import rewrite
 
     sources = [checkpoint("qwen2", seed=seed) for seed in range(2)]
-    operate("upcycle", "bam-fixed", sources, tmp_path / "moe", share_kv=True)
+    operate("upcycle", "bam", sources, tmp_path / "moe", kv="shared", fold_gates=True)
     dense = [tensors(source) for source in sources]
     names = [name for name in dense[0] if ".k_proj." in name or ".v_proj." in name]
     means = {name: (dense[0][name] + dense[1][name]) / 2 for name in names}
@@ -85,7 +87,7 @@ def test_with_shared_keys_only_queries_and_outputs_differ(
 
 def test_generation_with_a_cache_continues_the_same(checkpoint: Checkpoint, tmp_path: Path) -> None:
     source, output = checkpoint("llama", dtype="bfloat16"), tmp_path / "moe"
-    result = operate("upcycle", "bam-fixed", [source] * 2, output, share_kv=True)
+    result = operate("upcycle", "bam", [source] * 2, output, kv="shared", fold_gates=True)
     assert result["exactness"]["kind"] == "exact"
     ids = token_ids(source, rows=1)
     first, second = (
@@ -97,7 +99,9 @@ def test_generation_with_a_cache_continues_the_same(checkpoint: Checkpoint, tmp_
 
 def test_gates_that_round_promise_nothing(checkpoint: Checkpoint, tmp_path: Path) -> None:
     source = checkpoint("llama", dtype="bfloat16")
-    result = operate("upcycle", "bam-fixed", [source] * 3, tmp_path / "moe", dry_run=True)
+    result = operate(
+        "upcycle", "bam", [source] * 3, tmp_path / "moe", dry_run=True, fold_gates=True
+    )
     assert result["exactness"]["kind"] == "approximate"
 
 
@@ -106,9 +110,16 @@ def test_impossible_gates_are_usage_errors(
     checkpoint: Checkpoint, tmp_path: Path, gates: str
 ) -> None:
     with pytest.raises(UsageError, match="--gates"):
-        operate("upcycle", "bam-fixed", [checkpoint("llama")] * 2, tmp_path / "moe", gates=gates)
+        operate(
+            "upcycle",
+            "bam",
+            [checkpoint("llama")] * 2,
+            tmp_path / "moe",
+            gates=gates,
+            fold_gates=True,
+        )
 
 
 def test_norms_on_query_and_key_are_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="norms on query and key"):
-        operate("upcycle", "bam-fixed", [checkpoint("qwen3")] * 2, tmp_path / "moe")
+        operate("upcycle", "bam", [checkpoint("qwen3")] * 2, tmp_path / "moe", fold_gates=True)

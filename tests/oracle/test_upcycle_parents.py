@@ -27,7 +27,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "shared": {},
     "split": {"experts": 2},
     "btx": {},
-    "bam-fixed": {},
+    "bam": {"fold_gates": True},
 }
 EXACT = {"sparse", "virtual-groups", "shared"}
 
@@ -45,7 +45,7 @@ def test_all_parents_have_a_target() -> None:
 @pytest.mark.parametrize("parent", PARENTS)
 @pytest.mark.parametrize("method", METHODS)
 def test_the_output_loads(method: str, parent: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
-    several = method in ("btx", "bam-fixed")
+    several = method in ("btx", "bam")
     sources = [checkpoint(parent, seed=seed) for seed in range(2 if several else 1)]
     options = {**({} if several else {"experts": 4}), **METHODS[method]}
     try:
@@ -56,7 +56,7 @@ def test_the_output_loads(method: str, parent: str, checkpoint: Checkpoint, tmp_
             assert parent not in SHARING
             assert "no supported MoE family with a shared expert" in error.message
         else:  # norms of all heads together cannot be those of several models
-            assert method == "bam-fixed"
+            assert method == "bam"
             assert "norm" in error.message
         return
     stock(tmp_path / "out")
