@@ -19,7 +19,7 @@ from ...errors import InputError, MoesurgError
 from ...plan import COPY_BUFFER, Unit
 from .._forms import Stored, pad, ragged, uniform
 from .._mixture import mixture, one_mixture, prediction_notes, replaced
-from ..base import Draft, Exactness, required
+from ..base import Draft, Exactness, option, required
 from ..experts._function import activation, gates, require_plain, routed_output, stored
 from ..experts._reconstruct import (
     NewExpert,
@@ -29,7 +29,7 @@ from ..experts._reconstruct import (
     reconstruct_memory,
     reconstruct_params,
 )
-from ._keep import check_counts, groups_of
+from ._keep import SCHEDULE_HELP, check_counts, groups_of, keep_counts
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +44,7 @@ class CountOptions(ReconstructOptions):
     """What the user chooses, of a method that sees no text unless it reconstructs."""
 
     experts: int = required("experts to keep in every layer")
+    schedule: str | None = option(None, SCHEDULE_HELP, metavar="SCHEDULE")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +87,11 @@ def plan_prune(
         InputError: not one MoE, or a count its router cannot work with.
     """
     model = one_mixture(models, "pruning", "prune")
+    schedule = getattr(options, "schedule", None)
+    if counts is None and schedule is not None:
+        counts = keep_counts(model, experts, schedule)
+        if len(set(counts.values())) == 1:
+            counts = None
     if counts is None:
         check_counts(
             model.experts, experts, model.rule.top_k, groups_of(model), where=str(model.folder)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...seeding import stream
 from ..base import Draft, MethodInfo
-from ._keep import groups_of, keep_list
+from ._keep import groups_of, keep_counts, keep_list
 from ._prune import CountOptions as Options
 from ._prune import need_text, plan_prune, transform_prune
 
@@ -40,11 +40,12 @@ def decide_from_weights(
     model: Model, options: Options, statistics: Statistics | None, weights: Weights, seed: int
 ) -> dict[str, Any]:
     """The experts with the highest of uniformly drawn scores."""
+    counts = keep_counts(model, options.experts, options.schedule)
     decided = {}
     for layer in model.moe_layers:
         scores = [float(x) for x in stream(seed, "random", layer.index).random(model.experts)]
         kept = keep_list(
-            scores, options.experts, groups=groups_of(model).count, where=f"layer {layer.index}"
+            scores, counts[layer.index], groups=groups_of(model).count, where=f"layer {layer.index}"
         )
         decided[str(layer.index)] = {"kept": kept, "scores": scores}
     return decided
