@@ -5,6 +5,9 @@ Shapes: E matrices at once (stacked experts, or one), A [E, r, n], B [E, m, r], 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 
 Factors = tuple[torch.Tensor, torch.Tensor]
@@ -20,9 +23,10 @@ def inner(first: Factors, second: Factors) -> torch.Tensor:
 def relative_error(found: Factors, target: Factors) -> float:
     """‖found - target‖ / ‖target‖ over all E products; 0 if both are zero, 1 if the target alone is.
 
-    The difference is one product of stacked factors, whose norm is taken from their triangular factors: the sum
-    of three inner products would lose half the digits.
+    The difference is one product of stacked factors: the sum of three inner products would lose half the digits.
     """
+    if all(torch.equal(mine, other) for mine, other in zip(found, target, strict=True)):
+        return 0.0
     size = norm(target)
     down = torch.cat([found[0], target[0]], dim=1)
     up = torch.cat([found[1], -target[1]], dim=2)
@@ -32,9 +36,58 @@ def relative_error(found: Factors, target: Factors) -> float:
     return difference / size
 
 
+def rounding_error(found: Factors, rounded: Factors) -> float:
+    """‖rounded - found‖ / ‖found‖ of factors that differ by a cast alone; 0 if found is zero.
+
+    B A - B' A' = (B - B') A + B' (A - A'), in which nothing large cancels.
+    """
+    down = torch.cat([found[0], found[0] - rounded[0]], dim=1)
+    up = torch.cat([found[1] - rounded[1], rounded[1]], dim=2)
+    size = norm(found)
+    return norm((down, up)) / size if size else 0.0
+
+
+def cosines(several: Sequence[Factors]) -> list[list[float]]:
+    """Cosines of the angles between the products of one and of another, all E together; 0 where one is zero."""
+    down = torch.cat([down_ERN for down_ERN, _ in several], dim=1)
+    up = torch.cat([up_EMR for _, up_EMR in several], dim=2)
+    shared = ((up.mT @ up) * (down @ down.mT)).sum(dim=0)
+    sizes = [norm(pair) for pair in several]
+    ranks = [pair[0].shape[1] for pair in several]
+    blocks = [row.split(ranks, dim=1) for row in shared.split(ranks)]
+    return [
+        [
+            float(block.sum()) / (mine * other) if mine * other else 0.0
+            for block, other in zip(row, sizes, strict=True)
+        ]
+        for row, mine in zip(blocks, sizes, strict=True)
+    ]
+
+
+def dead(factors: Factors) -> int:
+    """How many ranks contribute nothing: ‖a_j‖ ‖b_j‖ at most 1e-12 of the largest of their matrix."""
+    sizes = _sizes(factors)
+    return int((sizes <= 1e-12 * sizes.amax(dim=-1, keepdim=True)).sum())
+
+
 def norm(factors: Factors) -> float:
-    """Frobenius norm of all products together."""
+    """Frobenius norm of all products together, to about ten digits.
+
+    From Gram matrices of the factors where the ranks do not cancel, from their QR decompositions, which take several
+    times as long, where they do.
+    """
+    square = float(inner(factors, factors).sum())
+    # Products are sums over ranks of norm |a_j| |b_j|; what rounding adds to the square is relative to the sum's.
+    bound = float(_sizes(factors).sum(dim=-1).square().sum())
+    if square > 1e-6 * bound:
+        return math.sqrt(square)
     return float(torch.linalg.vector_norm(core(factors)))
+
+
+def _sizes(factors: Factors) -> torch.Tensor:
+    """‖a_j‖ ‖b_j‖ of every rank, [E, r]."""
+    down, up = factors
+    return torch.linalg.vector_norm(down, dim=2) * torch.linalg.vector_norm(up, dim=1)
 
 
 def core(factors: Factors) -> torch.Tensor:

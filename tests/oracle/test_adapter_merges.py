@@ -83,6 +83,32 @@ def test_products_are_measured_without_being_formed() -> None:
     torch.testing.assert_close(s[0], expected)
 
 
+def test_measures_hold_where_products_cancel() -> None:
+    """Gram matrices lose half the digits there, so norms have to notice."""
+    (first,) = pairs(ranks=(3,))
+    pair = (first[0][None], first[1][None])
+    mixing = torch.tensor([[1.0, 2, 0], [0, 1, 3], [0, 0, 1]], dtype=torch.float64)
+    mixed = (mixing @ pair[0], pair[1] @ torch.linalg.inv(mixing))
+    assert products.relative_error(mixed, pair) < 1e-13
+    near = (pair[0], pair[1] * (1 + 1e-9))
+    assert products.relative_error(near, pair) == pytest.approx(1e-9, rel=1e-4)
+    rounded = (pair[0].float().double(), pair[1].float().double())
+    lost = float((rounded[1] @ rounded[0] - product(first)).norm() / product(first).norm())
+    assert products.rounding_error(pair, rounded) == pytest.approx(lost, rel=1e-6)
+
+
+def test_angles_and_dead_ranks() -> None:
+    first, second = ((down[None], up[None]) for down, up in pairs(ranks=(3, 4)))
+    found = torch.tensor(products.cosines([first, second]))
+    one, other = (up[0] @ down[0] for down, up in (first, second))
+    expected = float((one * other).sum() / one.norm() / other.norm())
+    torch.testing.assert_close(found, torch.tensor([[1.0, expected], [expected, 1.0]]))
+    zero = (first[0] * 0, first[1])
+    assert products.cosines([first, zero])[0][1] == 0.0
+    second[1][0, :, 2] *= 1e-14
+    assert (products.dead(second), products.dead(first), products.dead(zero)) == (1, 0, 3)
+
+
 def test_truncation_is_optimal() -> None:
     (pair,) = pairs(ranks=(6,))
     down, up = products.truncated((pair[0][None], pair[1][None]), 2)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from ...adapters.output import Written, aligned, check_agreement, config, read_factors, widest
@@ -279,13 +280,15 @@ def save(
 
     Returns:
         ``error`` and ``stored_error``: the relative Frobenius distance of the change of weight from the weighted sum
-        of the sources' changes, before and after the cast; ``effective_rank``.
+        of the sources' changes, before and after the cast; ``effective_rank``; of the sources ``dead_ranks``, which
+        contribute nothing, and with several ``cosines``: [position, position, cosine of the angle between their
+        changes] of each pair that has the module.
     """
     import torch
 
     from ...adapters import packing
     from ...checkpoint.dtypes import torch_dtype
-    from ...linalg.factors import effective_rank, relative_error
+    from ...linalg import factors
 
     plan = Written(loaded.module, work.params["rank"], "", bias is not None)
     experts, rank = down_ERN.shape[:2]
@@ -302,12 +305,24 @@ def save(
     target = concatenated(loaded.factors, loaded.weights)
     kind = torch_dtype(work.dtype(plan.down))
     rounded = (down_ERN.to(kind).double(), up_EMR.to(kind).double())
-    return {
+    error = factors.relative_error((down_ERN, up_EMR), target)
+    found: dict[str, object] = {
         "rank": rank,
-        "error": relative_error((down_ERN, up_EMR), target),
-        "stored_error": relative_error(rounded, target),
-        "effective_rank": effective_rank(down_ERN, up_EMR),
+        "error": error,
+        # Where the merge loses nothing, the cast is all there is, and is measured without cancellation.
+        "stored_error": factors.relative_error(rounded, target)
+        if error > 1e-12
+        else factors.rounding_error((down_ERN, up_EMR), rounded),
+        "effective_rank": factors.effective_rank(down_ERN, up_EMR),
+        "dead_ranks": sum(factors.dead(pair) for pair in loaded.factors),
     }
+    if len(loaded.sources) > 1:
+        angles = factors.cosines(loaded.factors)
+        found["cosines"] = [
+            [loaded.sources[i], loaded.sources[j], angles[i][j]]
+            for i, j in combinations(range(len(angles)), 2)
+        ]
+    return found
 
 
 def merge_each(
