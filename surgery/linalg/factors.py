@@ -54,7 +54,7 @@ def cosines(several: Sequence[Factors]) -> list[list[float]]:
     shared = ((up.mT @ up) * (down @ down.mT)).sum(dim=0)
     sizes = [norm(pair) for pair in several]
     ranks = [pair[0].shape[1] for pair in several]
-    blocks = [row.split(ranks, dim=1) for row in shared.split(ranks)]
+    blocks = [torch.split(row, ranks, dim=1) for row in torch.split(shared, ranks)]
     return [
         [
             float(block.sum()) / (mine * other) if mine * other else 0.0
@@ -87,7 +87,9 @@ def norm(factors: Factors) -> float:
 def _sizes(factors: Factors) -> torch.Tensor:
     """‖a_j‖ ‖b_j‖ of every rank, [E, r]."""
     down, up = factors
-    return torch.linalg.vector_norm(down, dim=2) * torch.linalg.vector_norm(up, dim=1)
+    sizes: torch.Tensor = torch.linalg.vector_norm(down, dim=2)
+    sizes = sizes * torch.linalg.vector_norm(up, dim=1)
+    return sizes
 
 
 def core(factors: Factors) -> torch.Tensor:
