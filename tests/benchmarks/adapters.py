@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from moesurg.surgery.methods import methods
 from moesurg.surgery.operation import Request, run
 from moesurg.surgery.progress import Silent
 from tests.benchmarks.io import peak
-from tests.oracle.helpers import peft
+from tests.oracle.helpers import peft, stock
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = [ROOT / "fixtures" / "adapters" / name for name in ("bible", "german", "python")]
@@ -100,13 +100,10 @@ def _quality(arguments: argparse.Namespace, scratch: Path) -> None:
     print("| adapter | " + " | ".join(held) + " |")
     print("|---" * (1 + len(held)) + "|", flush=True)
 
+    base = stock(arguments.base)
+
     def row(label: str, folder: Path | None) -> None:
-        model = peft(arguments.base, folder or sources[0])
-        if folder is None:
-            with model.disable_adapter():
-                found = [perplexity(model, ids) for ids in held.values()]
-        else:
-            found = [perplexity(model, ids) for ids in held.values()]
+        found = _perplexities(base, folder, held.values())
         print(f"| {label} | " + " | ".join(f"{value:.2f}" for value in found) + " |", flush=True)
 
     row("none", None)
@@ -133,6 +130,22 @@ def _quality(arguments: argparse.Namespace, scratch: Path) -> None:
             continue
         row(label, merged)
     _reverted(arguments, sources, held, scratch)
+
+
+def _perplexities(base: Any, folder: Path | None, held: Iterable[torch.Tensor]) -> list[float]:
+    """Of the base with an adapter, which is taken off again."""
+    from peft import LoraConfig, get_peft_model
+    from peft.utils import load_peft_weights, set_peft_model_state_dict
+
+    if folder is None:
+        return [perplexity(base, ids) for ids in held]
+    adapted: Any = get_peft_model(base, LoraConfig.from_pretrained(str(folder)))
+    loaded = set_peft_model_state_dict(adapted, load_peft_weights(str(folder), device="cpu"))
+    if loaded.unexpected_keys or any("lora_" in key for key in loaded.missing_keys):
+        raise SystemExit(f"{folder}: PEFT finds other names than the file holds")
+    found = [perplexity(adapted, ids) for ids in held]
+    adapted.unload()
+    return found
 
 
 def _reverted(
