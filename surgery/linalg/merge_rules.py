@@ -27,6 +27,10 @@ def weighted_sum(tensors: Sequence[torch.Tensor], weights: Sequence[float]) -> t
     return total
 
 
+PIECE = 1 << 15
+"""Elements of a piece."""
+
+
 @dataclass(frozen=True)
 class Elected:
     """A merge by elected signs.
@@ -56,6 +60,28 @@ def elected(
         weights: one each, any sign.
         normalize: whether to divide by the weights that agree; without, the sum stays.
     """
+    merged = torch.empty_like(changes[0], memory_format=torch.contiguous_format)
+    conflicts = 0
+    # Pieces that fit the processor's cache: every step below is one pass over them.
+    pieces = [_pieces(change) for change in changes]
+    for target, *piece in zip(_pieces(merged), *pieces, strict=True):
+        conflicts += _elect(target, piece, weights, normalize)
+    return Elected(merged, conflicts)
+
+
+def _pieces(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Runs of PIECE elements, views of a contiguous tensor."""
+    flat = tensor.reshape(-1)
+    return [flat[start : start + PIECE] for start in range(0, flat.numel(), PIECE)]
+
+
+def _elect(
+    target: torch.Tensor,
+    changes: Sequence[torch.Tensor],
+    weights: Sequence[float],
+    normalize: bool,
+) -> int:
+    """Write one piece of `elected`; returns its conflicts."""
     total = weighted_sum(changes, weights)
     sign = torch.where(total >= 0, 1.0, -1.0).to(total.dtype)
     merged, mass = torch.zeros_like(total), torch.zeros_like(total)
@@ -73,7 +99,8 @@ def elected(
     opposed &= merged > 0
     if normalize:
         merged.div_(mass.masked_fill_(mass == 0, 1.0))
-    return Elected(merged.mul_(sign), int(opposed.sum()))
+    torch.mul(merged, sign, out=target)
+    return int(opposed.sum())
 
 
 def keep_probabilities(change: torch.Tensor, density: float, window: float) -> torch.Tensor:

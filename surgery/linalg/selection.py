@@ -46,17 +46,16 @@ def kth_largest(blocks: Blocks, count: int, k: int) -> Cut:
         return NOTHING
     if k >= count:
         return Cut(-1.0, 0)
-    first = next(blocks())
-    if first.numel() == count:
-        flat = first.reshape(-1)
-        value = float(torch.kthvalue(flat, count - k + 1).values)
-        return Cut(value, k - int((flat > value).sum()))
     tally = torch.zeros(1 << 16, dtype=torch.int64)
     for block in blocks():
         tally += torch.bincount(_bucket(block), minlength=1 << 16)
     above = tally.flip(0).cumsum(0).flip(0)
     bucket = int((above >= k).nonzero()[-1])
     missing = k - (int(above[bucket + 1]) if bucket + 1 < len(above) else 0)
+    if next(blocks()).numel() == count:
+        (inside,) = (block.reshape(-1)[_bucket(block) == bucket] for block in blocks())
+        value = float(torch.kthvalue(inside, len(inside) - missing + 1).values)
+        return Cut(value, missing - int((inside > value).sum()))
     values = torch.empty(0, dtype=torch.float64)
     counts = torch.empty(0, dtype=torch.int64)
     for block in blocks():
@@ -92,5 +91,5 @@ class Taking:
 
 
 def _bucket(block: torch.Tensor) -> torch.Tensor:
-    """The upper 16 bits of the float32 patterns, int64 of one dimension."""
-    return (block.reshape(-1).float().view(torch.int32) >> 16).long()
+    """The upper 16 bits of the float32 patterns, int32 of one dimension."""
+    return block.reshape(-1).float().view(torch.int32) >> 16

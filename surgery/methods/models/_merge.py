@@ -260,6 +260,19 @@ class Blocks:
         """A function of every block, computed anew whenever it is looped over."""
         return lambda: (function(block) for block in self)
 
+    def changes(self, source: int) -> Iterator[torch.Tensor]:
+        """The blocks of one source's change; the others are not read."""
+        regions = self._work.unit.writes
+        if len(regions) == 1:
+            yield next(iter(self)).tensors[source]
+            return
+        for region in regions:
+            base, tuned = (
+                self._work.read(replace(region, source=index)).to(self.dtype)
+                for index in (0, source + 1)
+            )
+            yield tuned.sub_(base)
+
     @property
     def count(self) -> int:
         """Elements of the tensor."""
@@ -302,13 +315,10 @@ def largest(blocks: Blocks, sources: int, count: int) -> list[Cut]:
     """Where the ``count`` largest magnitudes of each source end."""
     from ...linalg.selection import kth_largest
 
-    def magnitude(source: int) -> Callable[[Block], torch.Tensor]:
-        return lambda block: block.tensors[source].abs()
+    def magnitudes(source: int) -> Callable[[], Iterator[torch.Tensor]]:
+        return lambda: (change.abs() for change in blocks.changes(source))
 
-    return [
-        kth_largest(blocks.values(magnitude(source)), blocks.count, count)
-        for source in range(sources)
-    ]
+    return [kth_largest(magnitudes(source), blocks.count, count) for source in range(sources)]
 
 
 def combine(work: Work, blocks: Blocks, coefficients: Sequence[float], scale: float = 1.0) -> None:
