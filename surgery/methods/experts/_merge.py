@@ -56,7 +56,8 @@ def plan_merge(
         params: what the transform needs to know, the same for every unit. Read here and below: ``router``;
             ``align`` (``none``, ``weight``; in REAM's matching also ``activation`` and ``both``) and
             ``reference`` (``first`` expert of the layer or the group's ``representative``); ``matching``
-            (``ream`` for normalised distances); ``rank``; ``combine`` (``least-squares`` and its
+            (``ream`` for normalised distances); ``rank``; ``factors`` (``rank``, ``keep_rows`` and ``refits``
+            of a low-rank and row-sparse approximation); ``combine`` (``least-squares`` and its
             ``combine_ridge``); ``reconstruct`` (see ``_reconstruct.py``), which makes a layer one unit.
         sample: rows of each mixture's input that the transform reads.
         counts: experts by layer instead of ``experts`` in each, where layers differ.
@@ -153,6 +154,8 @@ def _merge_units(layer: Layer, form: Stored, params: dict[str, Any], sample: int
         memory += 24 * matrix
     if params.get("rank"):
         memory += 24 * max(experts.hidden, experts.width) ** 2
+    if params.get("factors"):
+        memory += 48 * matrix + 40 * min(experts.hidden, experts.width) ** 2
     if params.get("matching") == "ream":
         memory += 24 * matrix + 32 * square + 16 * sample * experts.width
     if params.get("combine"):
@@ -358,9 +361,25 @@ def _average(
     metrics["spread"] = spread
     if truncation:
         metrics["truncation"] = truncation
+    if work.params.get("factors"):
+        metrics["factors"] = _factor(sums, **work.params["factors"])
     if work.params.get("combine") == "least-squares" and len(members) > 1:
         metrics["least_squares"] = fit_down(work, experts, members, weights, sums)
     return sums, metrics
+
+
+def _factor(
+    sums: dict[str, torch.Tensor], *, rank: int, keep_rows: float, refits: int
+) -> dict[str, float]:
+    """Approximate each projection in place; returns the relative errors."""
+    from ...linalg.row_sparse import split
+
+    errors = {}
+    for projection in (name for name in PROJECTIONS if name in sums):
+        matrix = sums[projection]
+        found = split(matrix, rank, int(keep_rows * len(matrix)), refits)
+        sums[projection], errors[projection] = found.matrix_MN, found.error
+    return errors
 
 
 def _matcher(

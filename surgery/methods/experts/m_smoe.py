@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ...errors import InputError, UsageError
 from ..base import Draft, MethodInfo, option, required
@@ -41,6 +41,10 @@ INFO = MethodInfo(
     data="routed",
 )
 ALLOCATIONS = ("uniform", "global")
+ALLOCATION_HELP = (
+    "uniform: the same number of experts in every layer; global: the paper's allocation over the "
+    "whole model, which may leave a layer fewer experts than a token selects: needs --router tied or mapped"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,12 +56,7 @@ class Options(ReconstructOptions):
     align: str = option(
         "weight", "permute neurons to match expert 0 before averaging", choices=("weight", "none")
     )
-    allocation: str = option(
-        "uniform",
-        "uniform: the same number of experts in every layer; global: the paper's allocation over the "
-        "whole model, which may leave a layer fewer experts than a token selects: needs --router tied or mapped",
-        choices=ALLOCATIONS,
-    )
+    allocation: str = option("uniform", ALLOCATION_HELP, choices=ALLOCATIONS)
 
 
 def plan(models: Sequence[Model], options: Options) -> Draft:
@@ -73,27 +72,73 @@ def settle(models: Sequence[Model], options: Options, decisions: Mapping[str, An
 
 
 def _plan(models: Sequence[Model], options: Options, counts: dict[int, int] | None) -> Draft:
-    if options.allocation == "global" and options.router not in ("tied", "mapped"):
+    return plan_grouped(
+        models,
+        experts=options.experts,
+        router=options.router,
+        align=options.align,
+        allocation=options.allocation,
+        counts=counts,
+        params=reconstruct_params(options),
+        sample=options.sample if options.reconstruct else 0,
+    )
+
+
+def plan_grouped(
+    models: Sequence[Model],
+    *,
+    experts: int,
+    router: str,
+    align: str,
+    allocation: str,
+    counts: dict[int, int] | None,
+    params: Mapping[str, Any],
+    sample: int = 0,
+) -> Draft:
+    """The plan of this merge, for all methods that begin with it.
+
+    Args:
+        counts: experts by layer, once they are decided.
+        params: what else is done with a merged expert; see ``plan_merge``.
+        sample: rows of each mixture's input that it needs.
+    """
+    if allocation == "global" and router not in ("tied", "mapped"):
         raise UsageError(
             "--allocation global may leave a layer fewer experts than a token selects, which only a router that "
             "keeps all of its rows works with",
             hint="add --router tied or mapped, or use --allocation uniform",
         )
-    params = {"align": options.align, "router": options.router}
     draft = plan_merge(
         models,
-        experts=options.experts,
-        router=options.router,
-        params={**params, **reconstruct_params(options)},
-        sample=options.sample if options.reconstruct else 0,
+        experts=experts,
+        router=router,
+        params={"align": align, "router": router, **params},
+        sample=sample,
         counts=counts,
     )
-    waits = options.allocation == "global" and options.router != "tied" and counts is None
+    waits = allocation == "global" and router != "tied" and counts is None
     return undecided(draft) if waits else draft
+
+
+class Grouped(Protocol):
+    """The options that a decision here reads."""
+
+    @property
+    def experts(self) -> int: ...
+
+    @property
+    def allocation(self) -> str: ...
 
 
 def decide(model: Model, options: Options, statistics: Statistics, seed: int) -> dict[str, Any]:
     """Groups of every layer, from usage counts and router logits. Uses no randomness."""
+    return decide_groups(model, options, statistics, seed)
+
+
+def decide_groups(
+    model: Model, options: Grouped, statistics: Statistics, seed: int
+) -> dict[str, Any]:
+    """Groups of every layer, for all methods that begin with this merge."""
     layers = {layer.index: statistics.layer(layer.index) for layer in model.moe_layers}
     usage = {index: _usage(found, index) for index, found in layers.items()}
     if options.allocation == "global":
