@@ -81,6 +81,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "expert lowrank": {"rank": "1-5:3;6:full"},
     "expert null": {"zero": 2, "copy": 1, "constant": 2},
     "expert pad": {"experts": 12},
+    "expert mute": {"more": "python", "less": "english", "count": 2, "per": "layer"},
     "expert opt-out": {"which": "1,4-5"},
     "merge rmm adapters": {"basis": 1, "allow_larger": True},
     "revert rmm packs": {"task": "model-2"},

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...errors import MoesurgError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,37 @@ def from_members(
     return Grouping(
         groups, tuple(representative[label] for label in order), tuple(weights), details or {}
     )
+
+
+def reweighted(grouping: Grouping, shares: Sequence[float]) -> Grouping:
+    """The same groups and representatives with members weighted by something else."""
+    places = dict(enumerate(grouping.groups))
+    return from_members(
+        {slot: list(group) for slot, group in places.items()},
+        dict(enumerate(grouping.representatives)),
+        shares,
+        grouping.details,
+    )
+
+
+def around(
+    centres: Sequence[int], similarity_EE: NDArray[np.float64], usage: Sequence[float]
+) -> Grouping:
+    """Every other expert joins the most similar centre, ties to the lowest index.
+
+    Args:
+        centres: ascending; each is its group's representative.
+        similarity_EE: [E, E].
+        usage: the averaging weight of each expert.
+    """
+    members = {centre: [centre] for centre in centres}
+    similarity = {}
+    for expert in (other for other in range(len(usage)) if other not in members):
+        best = max(centres, key=lambda centre: (float(similarity_EE[expert, centre]), -centre))
+        members[best].append(expert)
+        similarity[str(expert)] = float(similarity_EE[expert, best])
+    themselves = {centre: centre for centre in centres}
+    return from_members(members, themselves, usage, {"similarity": similarity})
 
 
 def check(decision: dict[str, Any], experts: int, expected: int | None) -> Grouping:

@@ -26,17 +26,16 @@ from typing import TYPE_CHECKING, Any
 
 from ...checkpoint.reader import TensorReader
 from ...errors import InputError
+from .._mixture import mixture
 from ..base import Draft, MethodInfo, option, required
+from ._compare import compare
 from ._groups import from_labels
 from ._merge import ROUTER_HELP, ROUTERS, plan_merge, transform_merge
 from ._reconstruct import ReconstructOptions, reconstruct_params
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from ...architectures.model import Layer, Model
-    from ...calibration.statistics import LayerStatistics, Statistics
+    from ...architectures.model import Model
+    from ...calibration.statistics import Statistics
 
 INFO = MethodInfo(
     summary="hierarchical clustering of mean expert outputs, then a frequency-weighted average",
@@ -44,6 +43,12 @@ INFO = MethodInfo(
     inputs="one mixture of experts",
     data="all-expert",
 )
+BASES = {
+    "output": "mean-outputs",
+    "logits": "router-logits",
+    "rows": "router-rows",
+    "weights": "weights",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +65,7 @@ class Options(ReconstructOptions):
     basis: str = option(
         "output",
         "what experts are compared by: mean output over all tokens, router logits, router rows, or weights",
-        choices=("output", "logits", "rows", "weights"),
+        choices=tuple(BASES),
     )
     align: str = option(
         "none",
@@ -89,32 +94,15 @@ def decide(model: Model, options: Options, statistics: Statistics, seed: int) ->
     with TensorReader(model.checkpoint) as reader:
         for layer in model.moe_layers:
             found = statistics.layer(layer.index)
-            points_ED = _points(reader, layer, found, options.basis)
-            labels = agglomerate(points_ED, options.experts, options.linkage)
+            if not found.tokens:
+                raise InputError(
+                    f"layer {layer.index}: the statistics saw no token; calibrate on some text"
+                )
+            compared = compare(reader, mixture(layer), found, BASES[options.basis])
+            labels = agglomerate(compared.points_ED, options.experts, options.linkage)
             usage = [float(count) for count in found.count_E]
             decided[str(layer.index)] = from_labels(labels, usage).to_json()
     return decided
 
 
 transform = transform_merge
-
-
-def _points(
-    reader: TensorReader, layer: Layer, found: LayerStatistics, basis: str
-) -> NDArray[np.float64]:
-    """One point an expert, with the distances of the basis."""
-    from ...architectures.base import PROJECTIONS
-    from ...linalg.clustering import points_from_gram
-    from ._weights import router_rows, weight_gram
-
-    if layer.experts is None or not found.tokens:
-        raise InputError(
-            f"layer {layer.index}: the statistics saw no token; calibrate on some text"
-        )
-    if basis == "output":
-        return found.output_mean_ED
-    if basis == "logits":
-        return points_from_gram(found.logit_gram_EE / found.tokens)
-    if basis == "rows":
-        return router_rows(reader, layer.experts)
-    return points_from_gram(weight_gram(reader, layer.experts, PROJECTIONS))

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ...errors import InputError, UsageError
 from ..base import Draft, MethodInfo, option, required
-from ._groups import Grouping, from_members
+from ._groups import around
 from ._merge import ROUTER_HELP, ROUTERS, decided_counts, plan_merge, transform_merge, undecided
 from ._reconstruct import ReconstructOptions, reconstruct_params
 
@@ -146,7 +146,7 @@ def decide_groups(
     else:
         dominant = {index: _most_used(used, options.experts) for index, used in usage.items()}
     return {
-        str(index): _group(found, usage[index], dominant[index]).to_json()
+        str(index): around(dominant[index], found.logit_cosine_EE, usage[index]).to_json()
         for index, found in layers.items()
     }
 
@@ -177,15 +177,3 @@ def _global(usage: dict[int, list[float]], total: int) -> dict[int, list[int]]:
     for _, layer, expert in sorted(ranked)[:total]:
         chosen[layer].append(expert)
     return {layer: sorted(experts) for layer, experts in chosen.items()}
-
-
-def _group(layer: LayerStatistics, usage: list[float], dominant: list[int]) -> Grouping:
-    cosine_EE = layer.logit_cosine_EE
-    members = {expert: [expert] for expert in dominant}
-    similarity = {}
-    for expert in (other for other in range(len(usage)) if other not in dominant):
-        best = max(dominant, key=lambda other: (float(cosine_EE[expert, other]), -other))
-        members[best].append(expert)
-        similarity[str(expert)] = float(cosine_EE[expert, best])
-    themselves = {expert: expert for expert in dominant}
-    return from_members(members, themselves, usage, {"similarity": similarity})

@@ -65,8 +65,6 @@ class Options(ReconstructOptions):
 
 def plan(models: Sequence[Model], options: Options) -> Draft:
     """A checkpoint with ``options.experts`` experts a layer."""
-    if options.group_size < 0:
-        raise UsageError(f"--group-size should not be negative, is {options.group_size}")
     params = {
         "router": options.router,
         "align": options.align,
@@ -81,14 +79,7 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
         params={**params, **reconstruct_params(options)},
         sample=options.sample if sampled else 0,
     )
-    model = models[0]
-    if options.group_size and options.experts * options.group_size < model.experts:
-        least = -(-model.experts // options.group_size)
-        raise InputError(
-            f"{model.folder}: {options.experts} groups of at most {options.group_size} do not hold "
-            f"{model.experts} experts",
-            hint=f"use --experts {least} or more, or a larger --group-size",
-        )
+    check_size(models[0], options.experts, options.group_size)
     return draft
 
 
@@ -108,6 +99,23 @@ def decide(model: Model, options: Options, statistics: Statistics, seed: int) ->
 
 
 transform = transform_merge
+
+
+def check_size(model: Model, groups: int, size: int) -> None:
+    """Refuse groups that are too small to hold all experts.
+
+    Raises:
+        UsageError: the size is negative.
+        InputError: it is too small.
+    """
+    if size < 0:
+        raise UsageError(f"--group-size should not be negative, is {size}")
+    if size and groups * size < model.experts:
+        least = -(-model.experts // size)
+        raise InputError(
+            f"{model.folder}: {groups} groups of at most {size} do not hold {model.experts} experts",
+            hint=f"use --experts {least} or more, or a larger --group-size",
+        )
 
 
 def saliency(layer: LayerStatistics) -> list[float]:
