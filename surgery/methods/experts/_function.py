@@ -5,7 +5,7 @@ N counts rows, E experts, D the model width, F an expert's width, K the experts 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from ...architectures.routing import route
@@ -26,7 +26,7 @@ def require_plain(model: Model) -> None:
     """Refuse families whose mixture is more than what is computed here.
 
     Raises:
-        InputError: the router has a bias of either kind, the experts have biases, or their inputs are scaled.
+        InputError: the experts have biases, or their inputs are scaled.
     """
     if model.rule.scales_input:
         raise InputError(
@@ -35,13 +35,11 @@ def require_plain(model: Model) -> None:
             hint="use a method that needs statistics only, without --reconstruct, such as m-smoe, hc-smoe or reap",
         )
     layout = model.layout
-    if layout is None or not (
-        layout.router_bias or layout.correction or "down_bias" in layout.names
-    ):
+    if layout is None or "down_bias" not in layout.names:
         return
     raise InputError(
-        f"{model.folder}: the mixture of {model.family.model_type} has biases in its router or experts, and this "
-        "method computes mixtures without them",
+        f"{model.folder}: experts of {model.family.model_type} have biases, and this method computes experts "
+        "without them",
         hint="use a method that needs statistics only, without --reconstruct, such as m-smoe, hc-smoe or reap",
     )
 
@@ -83,11 +81,21 @@ def stored(model: Model, region: Region, matrix: torch.Tensor) -> torch.Tensor:
     return cast
 
 
-def gates(model: Model, rows_ND: torch.Tensor, router_ED: torch.Tensor) -> torch.Tensor:
-    """The coefficient of every expert on every row, [N, E] float64; 0 where it is not selected."""
+def gates(model: Model, rows_ND: torch.Tensor, routing: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The coefficient of every expert on every row, [N, E] float64; 0 where it is not selected.
+
+    Args:
+        routing: what decides it, in the order of ``Experts.routing``: the router's rows [E, D] and, where the
+            family has them, its bias [E] and what is added for the selection alone [E].
+    """
     import torch
 
-    weights_NK, index_NK = route(rows_ND @ router_ED.float().T, model.rule)
+    router_ED, *biases = (part.float() for part in routing)
+    layout = model.layout
+    logits_NE = rows_ND @ router_ED.T
+    if layout is not None and layout.router_bias:
+        logits_NE += biases.pop(0)
+    weights_NK, index_NK = route(logits_NE, model.rule, biases[0] if biases else None)
     dense_NE = torch.zeros(len(rows_ND), len(router_ED), dtype=torch.float64)
     return dense_NE.scatter_(1, index_NK, weights_NK.double())
 

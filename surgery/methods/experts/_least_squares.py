@@ -35,7 +35,7 @@ def fit_down(
     from ...linalg.least_squares import fit_change
 
     rows_ND, act = work.inputs(), activation(work.model)
-    gates_NE = gates(work.model, rows_ND, work.read(experts.router))
+    gates_NE = gates(work.model, rows_ND, [work.read(part) for part in experts.routing])
     routed_N = (gates_NE[:, list(members)] > 0).any(dim=1)
     if bool(routed_N.any()):
         rows_ND = rows_ND[routed_N]

@@ -257,11 +257,13 @@ def _reconstructed(
     import torch
 
     rows_ND, act = work.inputs(), activation(work.model)
-    router_ED = work.read(experts.router)
-    kept_ED = _router_rows(router_ED, grouping, work.params["router"])
-    rows_ED = stored(work.model, experts.router, kept_ED)
-    target_ND = routed_output(work, experts, rows_ND, gates(work.model, rows_ND, router_ED), act)
-    gates_NS = gates(work.model, rows_ND, rows_ED)
+    routing = [work.read(part) for part in experts.routing]
+    kept = [
+        stored(work.model, part, _router_rows(values, grouping, work.params["router"]))
+        for part, values in zip(experts.routing, routing, strict=True)
+    ]
+    target_ND = routed_output(work, experts, rows_ND, gates(work.model, rows_ND, routing), act)
+    gates_NS = gates(work.model, rows_ND, kept)
     places = [[slot] for slot in range(len(grouping.groups))]
     if work.params["router"] in ("tied", "mapped"):
         # Every member's row means the merged expert, so what a token gives the members adds up.
@@ -273,12 +275,14 @@ def _reconstructed(
     merged = []
     for slot in range(len(grouping.groups)):
         sums, metrics[f"group.{slot}"] = _average(work, experts, grouping, slot)
-        kept = [stored(work.model, experts.region(0, name), sums[name]) for name in ("gate", "up")]
-        merged.append(NewExpert(kept[0], kept[1], sums["down"].float()))
+        gate, up = (
+            stored(work.model, experts.region(0, name), sums[name]) for name in ("gate", "up")
+        )
+        merged.append(NewExpert(gate, up, sums["down"].float()))
     downs, metrics["reconstruction"] = reconstruct(
         rows_ND, target_ND, gates_NS, merged, act, **work.params["reconstruct"]
     )
-    _write_routing(work, form, experts, grouping, [rows_ED])
+    _write_routing(work, form, experts, grouping, kept)
     output = form.experts(experts)
     for expert, down, slots in zip(merged, downs, places, strict=True):
         for slot in slots:

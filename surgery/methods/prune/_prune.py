@@ -166,10 +166,11 @@ def reconstructed(work: Work, change: Change | None = None) -> dict[str, object]
     form = Stored.from_json(work.params["form"])
     kept = kept_experts(work.decision, experts.count, form.filled)
     rows_ND, act = work.inputs(), activation(work.model)
-    router_ED = work.read(experts.router)
-    before_NE = gates(work.model, rows_ND, router_ED)
+    routing = [work.read(part) for part in experts.routing]
+    before_NE = gates(work.model, rows_ND, routing)
     target_ND = routed_output(work, experts, rows_ND, before_NE, act)
-    sampled = Sampled(rows_ND, before_NE, gates(work.model, rows_ND, router_ED[kept]), act)
+    after_NS = gates(work.model, rows_ND, [values[kept] for values in routing])
+    sampled = Sampled(rows_ND, before_NE, after_NS, act)
     found = []
     for expert in kept:
         places = {name: experts.region(expert, name) for name in PROJECTIONS}

@@ -88,6 +88,11 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
     draft = plan_prune(models, options.experts, options)
     (model,) = models
     require_plain(model)
+    if model.layout is not None and (model.layout.router_bias or model.layout.correction):
+        raise InputError(
+            f"{model.folder}: the router of {model.family.model_type} has biases, and naee searches without them",
+            hint="use --method hope or reap",
+        )
     sets = math.comb(model.experts, options.experts)
     if sets > LARGEST:
         raise InputError(
