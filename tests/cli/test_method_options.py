@@ -50,7 +50,7 @@ def make(options: type[Any] = Options, name: str = "made-up") -> Method:
 def app(monkeypatch: pytest.MonkeyPatch) -> tuple[typer.Typer, list[dict[str, Any]]]:
     """A program whose command ``merge`` has one method, and what its function was called with."""
     registry = SimpleNamespace(
-        names=lambda command: ("made-up",), load=lambda command, name: make()
+        names=lambda command: ("made-up",), load=lambda command, name, kind: make()
     )
     monkeypatch.setattr(method_command, "methods", registry)
     calls: list[dict[str, Any]] = []
