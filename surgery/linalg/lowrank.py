@@ -9,16 +9,27 @@ counts rows, N columns, R is the rank.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import numpy as np
+import scipy.linalg
 import torch
+from threadpoolctl import ThreadpoolController
 
 from ..errors import InputError, UsageError
 from .svd import orient
 
 BLOCK = 1024
 """Rows or columns that are converted to float64 at a time."""
+
+SINGLE_FROM = 256
+"""Small side from which float32 decides on a basis; below, float64 costs nothing."""
+
+SINGLE_LOSS = 1e-2
+"""Squared relative error above which the noise of float32 in a Gram matrix cannot be seen in the result."""
 
 
 @dataclass(frozen=True)
@@ -83,14 +94,71 @@ def singular_values(matrix_MN: torch.Tensor) -> torch.Tensor:
 def truncate(matrix_MN: torch.Tensor, rank: int) -> LowRank:
     """The closest matrix of a rank in the Frobenius norm.
 
+    A large float32 or half-precision matrix is decomposed in float32, with the Gram matrix summed over blocks in
+    float64 and the basis made orthonormal in float64. Where that leaves less than a hundredth of the squared norm, so
+    that the noise of float32 could matter, everything is done again in float64. The excess over the optimal error is
+    about 1e-10 on spectra of language models.
+
     Raises:
         UsageError: a rank that the matrix cannot have.
         InputError: a value is not finite.
     """
     check_rank(matrix_MN, rank)
+    if matrix_MN.dtype != torch.float64 and min(matrix_MN.shape) >= SINGLE_FROM:
+        found = _truncate_single(matrix_MN, rank)
+        if found is not None:
+            return found
     total = gram(matrix_MN)
     basis = orient(torch.linalg.eigh(total)[1].flip(1)[:, :rank])
     return _project(matrix_MN, basis, float(total.trace()))
+
+
+def _truncate_single(matrix_MN: torch.Tensor, rank: int) -> LowRank | None:
+    """The same from a decomposition in float32; None where its noise might matter.
+
+    NumPy's and SciPy's products and eigenvectors (of the kept directions alone) take half of the time of torch's on
+    the processors measured.
+    """
+    rows, columns = matrix_MN.shape
+    tall_LS = (matrix_MN if rows >= columns else matrix_MN.T).float().cpu().numpy()
+    size = tall_LS.shape[1]
+    with one_thread():
+        gram_SS = np.zeros((size, size))
+        for start in range(0, len(tall_LS), BLOCK):
+            block = tall_LS[start : start + BLOCK]
+            gram_SS += block.T @ block
+        largest = float(gram_SS.trace())
+        if not 1e-20 < largest < 1e30:  # too near the ends of float32, or not finite
+            return None
+        few = {"driver": "evr", "subset_by_index": (size - rank, size - 1)}
+        how: Any = few if 2 * rank <= size else {"driver": "evd"}
+        vectors = scipy.linalg.eigh(gram_SS.astype(np.float32), **how)[1][:, ::-1][:, :rank]
+        basis_SR = vectors.astype(np.float64)
+        # Orthonormal to 1e-6; one step of Newton and Schulz squares that.
+        basis_SR = basis_SR @ (1.5 * np.eye(rank) - 0.5 * (basis_SR.T @ basis_SR))
+        basis = orient(torch.from_numpy(np.ascontiguousarray(basis_SR)))
+        other_LR = torch.from_numpy(tall_LS @ basis.float().numpy()).double()
+    total = float(torch.linalg.vector_norm(matrix_MN, dtype=torch.float64)) ** 2
+    lost = total - float(other_LR.square().sum())
+    if not lost > SINGLE_LOSS * total:
+        return None
+    factors = (other_LR, basis.T.contiguous())
+    left_MR, right_RN = factors if rows >= columns else (basis, other_LR.T.contiguous())
+    return LowRank(
+        left_MR.to(matrix_MN.device), right_RN.to(matrix_MN.device), lost**0.5, total**0.5
+    )
+
+
+@cache
+def _libraries() -> ThreadpoolController:
+    return ThreadpoolController()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """NumPy's and SciPy's linear algebra on one thread, as torch's is in a unit: sums do not depend on the machine."""
+    with _libraries().limit(limits=1, user_api="blas"):
+        yield
 
 
 def truncate_randomised(

@@ -228,3 +228,44 @@ def test_the_pivot_form_in_single_and_half_precision() -> None:
 def test_reported_properties() -> None:
     found = LowRank(torch.ones(3, 2), torch.ones(2, 4), 1.0, 4.0)
     assert (found.rank, found.relative_error) == (2, 0.25)
+
+
+@pytest.mark.parametrize("shape", [(700, 300), (300, 700)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_single_precision_finds_the_optimum_of_large_matrices(
+    shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """The float32 path: optimal, orthonormal, and its error is the one of its product."""
+    generator = torch.Generator().manual_seed(0)
+    small = min(shape)
+    place = torch.arange(1, small + 1)
+    values = 0.35 * (1 - (place - 1) / small) + place**-0.7
+    left, right = (
+        torch.linalg.qr(torch.randn(size, small, generator=generator))[0] for size in shape
+    )
+    weight = (left * values @ right.T).to(dtype)
+    exact = torch.linalg.svdvals(weight.double())
+    for rank in (15, 75, 200):
+        found = truncate(weight, rank)
+        best = float(exact[rank:].square().sum() ** 0.5)
+        assert found.error == pytest.approx(best, rel=1e-6)
+        held = float((found.product() - weight.double()).norm())
+        assert held == pytest.approx(best, rel=1e-9, abs=1e-12) or held / best - 1 < 1e-8
+        basis = found.right_RN if shape[0] > shape[1] else found.left_MR.T
+        assert torch.allclose(basis @ basis.T, torch.eye(rank, dtype=torch.float64), atol=1e-10)
+
+
+def test_what_single_precision_cannot_resolve_is_done_in_double() -> None:
+    generator = torch.Generator().manual_seed(1)
+    values = torch.exp(-30.0 * torch.arange(300) / 300)
+    left, right = (
+        torch.linalg.qr(torch.randn(300, 300, generator=generator, dtype=torch.float64))[0]
+        for _ in range(2)
+    )
+    weight = (left * values @ right.T).float()
+    exact = torch.linalg.svdvals(weight.double())
+    found = truncate(weight, 100)
+    assert found.error == pytest.approx(float(exact[100:].square().sum() ** 0.5), rel=1e-3)
+    # Nor is it asked about numbers at the ends of its range.
+    scaled = truncate(weight * 1e-18, 100)
+    assert scaled.relative_error == pytest.approx(found.relative_error, rel=1e-2)
