@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moesurg.surgery.architectures.model import Model
 from moesurg.surgery.calibration.corpus import read_corpus
 from moesurg.surgery.calibration.sequences import tokenise
 from moesurg.surgery.checkpoint.reader import TensorReader
-from moesurg.surgery.evaluate import evaluate
+from moesurg.surgery.evaluate import evaluate, open_either
 from moesurg.surgery.operation import Request, run
 from moesurg.surgery.progress import Silent
 
@@ -35,7 +34,7 @@ def split(files: Sequence[Path], folder: Path) -> tuple[list[Path], list[Path]]:
 
 def perplexities(folder: Path, text: Sequence[Path], tokens: int) -> dict[str, float]:
     """Of every domain and, under ``all``, of all together."""
-    model = Model.open(folder)
+    model = open_either(folder)
     sequences = tokenise(read_corpus(text), folder, tokens=tokens, seq_len=SEQ_LEN)
     with TensorReader(model.checkpoint) as reader:
         found: Any = evaluate(model, reader, sequences)
@@ -52,6 +51,8 @@ def operate(
     *,
     seed: int = 0,
     calibration: Path | None = None,
+    data: Sequence[Path] = (),
+    tokens: int = 65536,
 ) -> dict[str, Any]:
     """Run a method and return its report."""
     request = Request(
@@ -62,6 +63,9 @@ def operate(
         dict(options),
         seed=seed,
         calibration=calibration,
+        data=tuple(data),
+        tokens=tokens,
+        seq_len=SEQ_LEN,
         force=True,
     )
     run(request, Silent())

@@ -1,10 +1,12 @@
 """Perplexity per domain after every method, on text that calibration did not see.
 
     python -m tests.benchmarks.quality experts a.txt b.txt … --experts 12 8
+    python -m tests.benchmarks.quality compress a.txt b.txt … --model FOLDER --ratios 0.1 0.2 0.4
 
 Each file is a domain. Its first nine tenths calibrate, a slice of its last tenth is measured. Prints a Markdown table.
 Not run by pytest. ``experts``: every merging and pruning method of a mixture, as it is and with ``--reconstruct``;
-a control drawn at random is the mean over three seeds.
+a control drawn at random is the mean over three seeds. ``compress``: every method of compression in its default form
+(in the dense one where the model allows no other), with the bytes of its weights; what a method refuses is said.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from moesurg.surgery.architectures.model import Model
+from moesurg.surgery.calibration.gram_folder import calibrate_grams
 from moesurg.surgery.calibration.run import calibrate
+from moesurg.surgery.errors import MoesurgError
 from moesurg.surgery.methods import load, taking
 from moesurg.surgery.progress import Silent
 from tests.benchmarks.measure import ROOT, SEQ_LEN, head, operate, perplexities, row, split
@@ -33,6 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parts = parser.add_subparsers(dest="part", required=True)
     experts_parser(parts.add_parser("experts", help="merge and prune"))
+    compress_parser(parts.add_parser("compress", help="compress"))
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         arguments.measure(arguments, Path(name))
@@ -113,6 +118,62 @@ def experts(arguments: argparse.Namespace, folder: Path) -> None:
                 before, after = (sum(e[i] for e in errors) / len(errors) for i in (0, 1))
                 shown = (f"{before:.3f}", f"{after:.3f}") if solve else ("", "")
                 row(str(count), label, "yes" if solve else "no", *mean, *shown)
+
+
+def compress_parser(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(measure=compress)
+    parser.add_argument("texts", nargs="+", type=Path)
+    parser.add_argument("--model", type=Path, default=ROOT / "fixtures" / "tiny-moe")
+    parser.add_argument("--ratios", nargs="+", type=float, default=[0.25, 0.5])
+    parser.add_argument("--tokens", type=int, default=36864, help="for calibration")
+    parser.add_argument("--eval-tokens", type=int, default=12000)
+    every = taking("compress", "models")
+    parser.add_argument("--methods", nargs="+", default=every, choices=every)
+
+
+def compress(arguments: argparse.Namespace, folder: Path) -> None:
+    """The table of methods that store linear layers with fewer numbers."""
+    seen, held_out = split(arguments.texts, folder)
+    model, grams = Model.open(arguments.model), folder / "grams"
+    wanted = {load("compress", name).info.data for name in arguments.methods}
+    if "gram" in wanted:
+        calibrate_grams(
+            model,
+            grams,
+            data=seen,
+            tokens=arguments.tokens,
+            seq_len=SEQ_LEN,
+            device="cpu",
+            force=False,
+            resume=False,
+            progress=Silent(),
+        )
+    base = perplexities(arguments.model, held_out, arguments.eval_tokens)
+    before = sum(info.nbytes for info in model.checkpoint.tensors.values())
+    head("removed", "method", "form", "bytes", *base)
+    row("", "source", "", f"{before:,}", *base.values())
+    for ratio in arguments.ratios:
+        for name in arguments.methods:
+            info = load("compress", name).info
+            given: dict[str, Any] = {}
+            if info.data == "gram":
+                given["calibration"] = grams
+            elif info.data != "none":
+                given.update(data=seen, tokens=arguments.tokens)
+            usual = load("compress", name).options(ratio=ratio).form
+            for form in (usual, "dense"):
+                output = folder / "output"
+                options = {"ratio": ratio, "form": form}
+                try:
+                    report = operate("compress", name, arguments.model, output, options, **given)
+                except MoesurgError as error:
+                    if form == "dense":
+                        row(f"{ratio:.0%}", name, f"refused: {error.message}")
+                    continue
+                found = perplexities(output, held_out, arguments.eval_tokens)
+                size = int(report["output"]["bytes"])
+                row(f"{ratio:.0%}", name, form, f"{size:,}", *found.values())
+                break
 
 
 def layer_errors(report: dict[str, Any]) -> tuple[float, float]:
