@@ -201,6 +201,7 @@ def _sources_and_needs(method: Method) -> str:
         "none": "no text",
         "routed": "routing statistics of some text",
         "all-expert": "outputs of every expert on some text",
+        "means": "a text for every model",
         "gram": "Gram matrices of every linear layer's inputs on some text",
         "shifted": "the same, of the original and the compressed model together, from text",
     }[info.data]

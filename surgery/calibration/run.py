@@ -19,6 +19,7 @@ from ..plan import Unit
 from ..progress import Progress, Stop, stoppable
 from .corpus import Corpus, read_corpus
 from .gram_folder import FreshGrams, FreshShifted, GivenGrams, Grams, calibrate_grams, layer_file
+from .means import FreshMeans, Means
 from .sequences import Sequences, tokenise
 from .statistics import JSON_FILE, TENSOR_FILE, Statistics, model_digest
 
@@ -31,7 +32,7 @@ class StatisticsSource(Protocol):
     place: str
     """Their folder: absolute, or relative to the run's staging folder."""
 
-    def load(self, staging: Staging, progress: Progress, stop: Stop) -> Statistics | Grams:
+    def load(self, staging: Staging, progress: Progress, stop: Stop) -> Statistics | Grams | Means:
         """The statistics, collected now if need be."""
 
     @property
@@ -75,6 +76,13 @@ def statistics_source(
                 hint="give it text with --data, or nothing for the built-in text",
             )
         return FreshShifted(model, data, tokens, seq_len, device, units, replacement)
+    if mode == "means":
+        if calibration is not None:
+            raise UsageError(
+                "mean inputs are collected by the run itself",
+                hint="give the texts with --data instead of --calibration",
+            )
+        return FreshMeans(model, data, tokens, seq_len, device)
     if mode == "gram":
         if calibration is None:
             return FreshGrams(model, data, tokens, seq_len, device)
@@ -84,7 +92,7 @@ def statistics_source(
     return _Given(model, calibration, mode, sample)
 
 
-def describe(statistics: Statistics | Grams) -> dict[str, Any]:
+def describe(statistics: Statistics | Grams | Means) -> dict[str, Any]:
     """What a report says of statistics."""
     text = statistics.manifest["text"]
     tokens = text.get("tokens") if isinstance(text, dict) else None

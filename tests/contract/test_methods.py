@@ -35,6 +35,8 @@ SOURCES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "merge": [("qwen3_moe", BF16)],
     "prune": [("qwen3_moe", BF16)],
     "upcycle bam": [("llama", BF16), ("llama", {**BF16, "seed": 1})],
+    "upcycle flex": [("llama", BF16), ("llama", BF16)],
+    "upcycle prompts": [("llama", BF16), ("llama", {**BF16, "seed": 1})],
     "upcycle btx": [("llama", BF16), ("llama", {**BF16, "seed": 1})],
     "merge breadcrumbs": THREE,
     "merge dare": THREE,

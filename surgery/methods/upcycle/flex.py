@@ -1,0 +1,118 @@
+"""FlexOlmo: models trained apart beside one frozen public model become the experts of a mixture.
+
+FlexOlmo (arXiv:2507.07024). Every contributor takes the public model, freezes all of it, and trains one feed-forward a
+layer beside the frozen one on data that stays with the contributor. The first source is the public model; of each
+further one, the dense model with the contributor's feed-forwards, everything else has to equal the public model's, bit
+for bit, which is checked as it is read. Expert 0 is public, expert e is source e's. OLMo-2 models become ``flex_olmo``;
+other families become what holds their blocks. ``moesurg expert opt-out`` takes a contributor out again.
+
+The router's row of an expert describes its data. ``--data FILE`` is given once for every model, in their order, the
+public one's first; with mu_e the mean input of the layer's feed-forward on text e, and c the mean of all mu_e (with
+``--neutral``: the last file's):
+
+    d_e = mu_e - c, less its part along c    row_e = d_e / (|d_e| T)
+
+Deviations: FlexOlmo's rows are mean document embeddings of another model of the same width, one vector for all
+layers, neither centred nor of one length; here the public model itself reads the text and every layer has its
+own rows, so nothing is downloaded. Rows need no training, and none of the paper's biases on contributors'
+logits, which the released architecture leaves out as well. Selected weights sum to one where the family can do so; the
+released models leave them as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from ...errors import InputError
+from ...plan import Unit
+from ..base import Draft, Exactness, MethodInfo, option
+from . import _branches as branches
+from . import _common as common
+from . import _texts as texts
+
+if TYPE_CHECKING:
+    from ...architectures.model import Experts, Layer, Model
+    from ...calibration.means import Means
+    from ...execute import Work
+
+INFO = MethodInfo(
+    summary="a public model and others that share all but its feed-forwards, with a router made from texts",
+    paper="arXiv:2507.07024",
+    inputs="two or more dense models",
+    data="means",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the user chooses."""
+
+    top_k: int = option(2, "experts each token selects")
+    target: str | None = option(
+        None, "MoE family to write; by default the one that fits the parents"
+    )
+    neutral: bool = option(
+        False, "the last --data is neutral text, which the others are centred by"
+    )
+    temperature: float = option(1.0, "divides the router's rows, which have length one")
+
+
+def plan(models: Sequence[Model], options: Options) -> Draft:
+    """The public model's blocks with one expert from every model.
+
+    Raises:
+        InputError: fewer than two models, or models that differ in shapes or settings.
+        UsageError: counts or temperature out of range.
+    """
+    first, count = models[0], len(models)
+    notes = branches.check(models)
+    common.check_counts(count, options.top_k, 1.0)
+    texts.check(options.temperature)
+    mixture = common.grow(first, experts=count, top_k=options.top_k, target=options.target)
+
+    def fill(layer: Layer, experts: Experts) -> tuple[list[Unit], common.Moves]:
+        router = texts.router(
+            layer, experts, temperature=options.temperature, neutral=options.neutral
+        )
+        units = [router, *common.neutral_units(mixture, layer)]
+        return units, branches.experts(models, layer, experts)
+
+    def keep(name: str, layer: int | None) -> list[Unit]:
+        return [
+            replace(unit, id=unit.id.replace("mean.", "same.", 1), params={"part": "same"})
+            for unit in branches.averages(first.whole(name), count, layer)
+        ]
+
+    if branches.identical(models):
+        exactness = common.identical_experts(mixture)
+    else:
+        exactness = Exactness("approximate", "experts of different files are mixed")
+    return common.draft(mixture, fill, exactness, keep=keep, notes=notes)
+
+
+def decide(model: Model, options: Options, statistics: Means, seed: int) -> dict[str, Any]:
+    """What the texts' tokens would select first, by layer; decides nothing else."""
+    return texts.selected(model, statistics, neutral=options.neutral)
+
+
+def transform(work: Work) -> dict[str, object]:
+    """Make a router's rows, fill a neutral shared expert, or hold one block of a tensor against all sources."""
+    import torch
+
+    part = work.params["part"]
+    if part == "domains":
+        return texts.fill(work)
+    if part != "same":
+        return common.fill_common(work) or {}
+    (target,) = work.unit.writes
+    public, *others = (work.read(region) for region in work.unit.reads)
+    for source, found in enumerate(others, start=1):
+        if not torch.equal(found, public):
+            raise InputError(
+                f"source {source + 1}: {target.tensor} differs from the public model's",
+                hint="contributors of FlexOlmo train feed-forwards alone; --method btx averages what differs",
+            )
+    work.write(target, public)
+    return {}

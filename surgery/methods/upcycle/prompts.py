@@ -1,0 +1,109 @@
+"""Models of one shape as experts of a mixture whose router is made from texts, one for each model.
+
+What mergekit's MoE merges do with prompts: feed-forwards become experts, attention, norms, embeddings and head are the
+first model's (``--rest base``; ``--rest mean``: the average, as in Branch-Train-MiX), and the router's rows come from
+what each expert is for. ``--data FILE`` is given once for every model, in their order: prompts, or any text of its
+domain; with ``--neutral`` the last file is neutral text. The first model reads them, layer by layer. With mu_e the
+mean input of the layer's feed-forward on the text of expert e, and c that on the neutral text or, without one, the
+mean of all mu_e:
+
+    d_e = mu_e - c, less its part along c    row_e = d_e / (|d_e| T)
+
+``--temperature`` T: large ones give softer weights; selections do not change.
+
+Differences from mergekit, where it is at fault: rows come from the feed-forward's input, which is what the router sees,
+instead of the layer's input; padding counts nowhere and every token does, instead of the last position's; they are
+centred, so that what all texts share selects nothing (each row is orthogonal to c: a token at c has equal logits); and
+which experts the texts' tokens would select first is reported for every layer: ``selected`` [text, expert] shares of
+sampled tokens, and ``load`` over all texts.
+Negative prompts are not offered; neutral text stands for what is to be taken off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..base import Draft, Exactness, MethodInfo, option
+from . import _branches as branches
+from . import _common as common
+from . import _texts as texts
+
+if TYPE_CHECKING:
+    from ...architectures.model import Experts, Layer, Model
+    from ...calibration.means import Means
+    from ...execute import Work
+    from ...plan import Unit
+
+INFO = MethodInfo(
+    summary="several models of one shape as experts, with a router made from a text for each",
+    paper="mergekit",
+    inputs="two or more dense models",
+    data="means",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the user chooses."""
+
+    top_k: int = option(2, "experts each token selects")
+    target: str | None = option(
+        None, "MoE family to write; by default the one that fits the parents"
+    )
+    rest: str = option(
+        "base",
+        "everything but the feed-forwards: the first model's, or the mean of all",
+        choices=("base", "mean"),
+    )
+    neutral: bool = option(
+        False, "the last --data is neutral text, which the others are centred by"
+    )
+    temperature: float = option(1.0, "divides the router's rows, which have length one")
+
+
+def plan(models: Sequence[Model], options: Options) -> Draft:
+    """The first model's (or averaged) blocks with one expert from every model.
+
+    Raises:
+        InputError: fewer than two models, or models that differ in more than their weights.
+        UsageError: counts or temperature out of range.
+    """
+    first = models[0]
+    notes = branches.check(models)
+    common.check_counts(len(models), options.top_k, 1.0)
+    texts.check(options.temperature)
+    mixture = common.grow(first, experts=len(models), top_k=options.top_k, target=options.target)
+
+    def fill(layer: Layer, experts: Experts) -> tuple[list[Unit], common.Moves]:
+        router = texts.router(
+            layer, experts, temperature=options.temperature, neutral=options.neutral
+        )
+        units = [router, *common.neutral_units(mixture, layer)]
+        return units, branches.experts(models, layer, experts)
+
+    def averaged(name: str, layer: int | None) -> list[Unit]:
+        return branches.averages(first.whole(name), len(models), layer)
+
+    if branches.identical(models):
+        exactness = common.identical_experts(mixture)
+    else:
+        exactness = Exactness("approximate", "experts of different files are mixed")
+    keep = averaged if options.rest == "mean" else None
+    return common.draft(mixture, fill, exactness, keep=keep, notes=notes)
+
+
+def decide(model: Model, options: Options, statistics: Means, seed: int) -> dict[str, Any]:
+    """What the texts' tokens would select first, by layer; decides nothing else."""
+    return texts.selected(model, statistics, neutral=options.neutral)
+
+
+def transform(work: Work) -> dict[str, object]:
+    """Make a router's rows, fill a neutral shared expert, or average one block of a tensor."""
+    part = work.params["part"]
+    if part == "mean":
+        return branches.mean(work)
+    if part == "domains":
+        return texts.fill(work)
+    return common.fill_common(work) or {}
