@@ -107,9 +107,10 @@ def transform(work: Work) -> dict[str, object]:
     if part != "same":
         return common.fill_common(work) or {}
     (target,) = work.unit.writes
-    public, *others = (work.read(region) for region in work.unit.reads)
-    for source, found in enumerate(others, start=1):
-        if not torch.equal(found, public):
+    first, *others = work.unit.reads
+    public = work.read(first)
+    for source, region in enumerate(others, start=1):
+        if not torch.equal(work.read(region), public):
             raise InputError(
                 f"source {source + 1}: {target.tensor} differs from the public model's",
                 hint="contributors of FlexOlmo train feed-forwards alone; --method btx averages what differs",
