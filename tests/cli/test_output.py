@@ -46,7 +46,7 @@ def test_methods_as_json_is_one_document_with_every_method(run_cli: Cli) -> None
     for row in document["methods"]:
         assert set(row) >= {"summary", "paper", "inputs", "data", "tier", "options"}
         assert row["data"] in ("none", "routed", "all-expert", "gram", "shifted")
-        assert row["tier"] in ("stock", "padded", "custom")
+        assert row["tier"] in ("stock", "padded", "custom", "pack")
 
 
 def test_methods_for_people_names_every_method(call_cli: Cli) -> None:

@@ -19,6 +19,7 @@ NEEDED = {
     "virtual-groups": ["--granularity", "2"],
     "add": ["--copy", "0"],
     "drop": ["--which", "1"],
+    "mute": ["--more", "one", "--less", "other", "--count", "1"],
     "opt-out": ["--which", "1"],
     "lowrank": ["--rank", "2"],
     "null": ["--zero", "1"],
@@ -93,7 +94,7 @@ def other_tokenizer(source: Path, target: Path) -> Path:
     return target
 
 
-@pytest.mark.parametrize("name", ["bam-fixed", "btx"])
+@pytest.mark.parametrize("name", ["bam", "btx"])
 def test_branches_have_one_tokenizer_and_one_shape(
     name: str, checkpoint: Checkpoint, call_cli: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -19,10 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moesurg.surgery.architectures.model import Model
+from moesurg.surgery.checkpoint.formats import MODEL
 from moesurg.surgery.checkpoint.header import LFS_MAGIC, MAX_HEADER_BYTES, parse_json, read_header
 from moesurg.surgery.checkpoint.reader import (
-    INDEX,
-    SINGLE,
     TensorReader,
     contained,
     file_digest,
@@ -251,7 +250,7 @@ def sharded(tmp_path: Path) -> Path:
 
 
 def write_index(folder: Path, **weight_map: Any) -> None:
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / MODEL.index).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def refusal(folder: Path) -> InputError:
@@ -308,7 +307,7 @@ def test_an_index_cannot_point_out_of_its_folder(
     assert outside(sharded, opened) == []
 
 
-@pytest.mark.parametrize("file", ["config.json", INDEX, "model-00001-of-00002.safetensors"])
+@pytest.mark.parametrize("file", ["config.json", MODEL.index, "model-00001-of-00002.safetensors"])
 def test_a_link_cannot_lead_out_of_the_folder(sharded: Path, opened: list[str], file: str) -> None:
     moved = sharded.parent / f"moved-{file}"
     (sharded / file).rename(moved)
@@ -338,7 +337,7 @@ def test_snapshots_of_the_hub_cache_may_link_to_their_blobs(tmp_path: Path) -> N
     (blobs / "c0").write_text("{}")
     tensors_file(blobs / "w0", {"a": np.ones(2)})
     (snapshot / "config.json").symlink_to("../../blobs/c0")
-    (snapshot / SINGLE).symlink_to("../../blobs/w0")
+    (snapshot / MODEL.single).symlink_to("../../blobs/w0")
     assert set(open_checkpoint(snapshot).tensors) == {"a"}
     (tmp_path / "secret").write_text("{}")
     (snapshot / "config.json").unlink()
@@ -347,7 +346,7 @@ def test_snapshots_of_the_hub_cache_may_link_to_their_blobs(tmp_path: Path) -> N
 
 
 def test_an_index_beside_a_single_file_is_ambiguous(sharded: Path) -> None:
-    tensors_file(sharded / SINGLE, {"a": np.ones(2)})
+    tensors_file(sharded / MODEL.single, {"a": np.ones(2)})
     assert "both" in str(refusal(sharded))
 
 
@@ -389,8 +388,8 @@ def test_a_missing_shard_is_named(sharded: Path) -> None:
     "index", ["[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": {"a": 1}}']
 )
 def test_a_bad_index_is_refused(sharded: Path, index: str) -> None:
-    (sharded / INDEX).write_text(index)
-    assert INDEX in str(refusal(sharded))
+    (sharded / MODEL.index).write_text(index)
+    assert MODEL.index in str(refusal(sharded))
 
 
 @pytest.mark.parametrize("config", ["", "[]", '{"a": 1, "a": 2}', '{"a": NaN}', '{"a": 1} x'])
@@ -404,7 +403,7 @@ def test_folders_that_are_no_checkpoint(tmp_path: Path) -> None:
     assert "config.json: no such file" in str(refusal(tmp_path))
     (tmp_path / "config.json").write_text("{}")
     assert "has neither" in str(refusal(tmp_path))
-    (tmp_path / SINGLE).mkdir()
+    (tmp_path / MODEL.single).mkdir()
     assert "not a regular file" in str(refusal(tmp_path))
 
 
@@ -435,9 +434,9 @@ def rewrite(folder: Path, change: Callable[[dict[str, np.ndarray[Any, Any]]], No
     """Change a folder's tensors, keeping the file well-formed."""
     from safetensors.numpy import load_file
 
-    tensors = load_file(folder / SINGLE)
+    tensors = load_file(folder / MODEL.single)
     change(tensors)
-    tensors_file(folder / SINGLE, tensors)
+    tensors_file(folder / MODEL.single, tensors)
 
 
 def model_refusal(folder: Path) -> str:
@@ -474,11 +473,11 @@ def test_an_extra_tensor_is_named(model_folder: Path) -> None:
 
 
 def test_weights_that_are_no_numbers_are_refused(model_folder: Path) -> None:
-    data = (model_folder / SINGLE).read_bytes()
+    data = (model_folder / MODEL.single).read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])
     header[EXPERT]["dtype"] = "I32"
-    (model_folder / SINGLE).write_bytes(file_of(header, data[start:]))
+    (model_folder / MODEL.single).write_bytes(file_of(header, data[start:]))
     assert "stored as I32" in model_refusal(model_folder)
 
 
@@ -506,7 +505,7 @@ def test_a_weight_that_is_not_finite_is_named_as_it_is_read(
 def test_reading_equals_the_reference_library(model_folder: Path) -> None:
     from safetensors.torch import load_file
 
-    expected = load_file(model_folder / SINGLE)
+    expected = load_file(model_folder / MODEL.single)
     model = Model.open(model_folder)
     with TensorReader(model.checkpoint) as reader:
         for name, tensor in expected.items():
@@ -520,7 +519,7 @@ def test_reading_equals_the_reference_library(model_folder: Path) -> None:
 def test_a_file_that_shrinks_is_an_error_and_no_crash(model_folder: Path) -> None:
     model = Model.open(model_folder)
     last = max(model.checkpoint.tensors.values(), key=lambda info: info.end)
-    os.truncate(model_folder / SINGLE, last.end - 4)
+    os.truncate(model_folder / MODEL.single, last.end - 4)
     with TensorReader(model.checkpoint) as reader, pytest.raises(InputError, match="ended inside"):
         reader.read(model.whole(last.name))
 
