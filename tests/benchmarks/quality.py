@@ -58,9 +58,17 @@ def experts_parser(parser: argparse.ArgumentParser) -> None:
 def labels() -> list[str]:
     """Every method that makes fewer experts, such as ``merge ream``, and the variants."""
     found = [
-        f"{command} {name}" for command in ("merge", "prune") for name in taking(command, "models")
+        f"{command} {name}"
+        for command in ("merge", "prune")
+        for name in taking(command, "models")
+        if "experts" in fields_of(command, name)
     ]
     return sorted([*found, *VARIANTS])
+
+
+def fields_of(command: str, name: str) -> set[str]:
+    """The options of a method."""
+    return {field.name for field in dataclasses.fields(load(command, name).options)}
 
 
 def experts(arguments: argparse.Namespace, folder: Path) -> None:
@@ -89,7 +97,7 @@ def experts(arguments: argparse.Namespace, folder: Path) -> None:
     for count in arguments.experts:
         for label in arguments.methods:
             command, name = label.split()[:2]
-            fields = {field.name for field in dataclasses.fields(load(command, name).options)}
+            fields = fields_of(command, name)
             for solve in (False, True) if "reconstruct" in fields else (True,):
                 options: dict[str, Any] = {
                     "experts": count,
