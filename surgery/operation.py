@@ -281,9 +281,10 @@ class _Job:
             "seed": self.plan.seed,
             "max_shard_bytes": self.plan.max_shard_bytes,
             "sources": [header_digest(source.checkpoint) for source in self.sources],
-            # Options may name files, such as a table of ranks, that are something else now.
-            "plan": self.plan.digest,
             "statistics": None if self.statistics is None else self.statistics.identity,
+            # Options may name files, such as a table of ranks, that are something else now. What differs is told by
+            # the first key in order, and everything with a name of its own comes before this one.
+            "work": self.plan.digest,
         }
 
     def _check_inputs(self, staging: Staging) -> None:

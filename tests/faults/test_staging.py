@@ -267,7 +267,9 @@ def test_output_and_inputs_must_not_overlap(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.rglob("*")} == {"model", "link"}
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../a", "/a", "a\\b", "C:a", "a\0"])
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../a", "/a", "a/b/c", "a/..", "a//b", "a\\b", "C:a", "a\0"]
+)
 def test_names_outside_the_folder_are_refused(tmp_path: Path, name: str) -> None:
     source = tmp_path / "source"
     source.touch()

@@ -136,7 +136,7 @@ def test_kept_experts_and_their_rows_are_the_original_s_bytes(
     assert set(changed.values()) == {3}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "graft"])
 def test_pruning_nothing_gives_the_same_bytes(
     checkpoint: Checkpoint, tmp_path: Path, method: str
 ) -> None:
