@@ -73,6 +73,10 @@ def _model_class(stock: Any, config_class: type) -> type:
             "__doc__": f"{stock.__name__} with parts that are not stock.",
             "__init__": __init__,
             "config_class": config_class,
+            # transformers looks for it in the source of the class's module, which is the stock one's to have.
+            "_can_set_experts_implementation": classmethod(
+                lambda cls: stock._can_set_experts_implementation()
+            ),
         },
     )
 

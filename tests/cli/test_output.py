@@ -45,7 +45,7 @@ def test_methods_as_json_is_one_document_with_every_method(run_cli: Cli) -> None
     assert listed
     for row in document["methods"]:
         assert set(row) >= {"summary", "paper", "inputs", "data", "tier", "options"}
-        assert row["data"] in ("none", "routed", "all-expert", "gram", "shifted")
+        assert row["data"] in ("none", "routed", "all-expert", "gram", "shifted", "means")
         assert row["tier"] in ("stock", "padded", "custom", "pack")
 
 
