@@ -18,12 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import InputError
 from ..adapters import _merge as common
+from ..adapters import svd
 from ..base import Draft, Exactness, MethodInfo, option
 
 if TYPE_CHECKING:
     from ...adapters.adapter import Adapter
-    from ...execute import Work
-    from ...weights import Weights
 
 INFO = MethodInfo(
     summary="give an adapter another rank, the nearest, with its ranks in order of strength",
@@ -44,6 +43,10 @@ class Options(common.MergeOptions):
     )
 
 
+# One adapter at a rank is the sum of one.
+decide_from_weights, transform = svd.decide_from_weights, svd.transform
+
+
 def plan(adapters: Sequence[Adapter], options: Options) -> Draft:
     """Every module at the chosen rank.
 
@@ -53,28 +56,9 @@ def plan(adapters: Sequence[Adapter], options: Options) -> Draft:
     return _plan(adapters, options, None)
 
 
-def decide_from_weights(
-    model: Any, options: Options, statistics: Any, weights: Weights, seed: int
-) -> dict[str, Any]:
-    """The ranks that keep the wanted energy."""
-    if options.energy is None:
-        return {}
-    return common.decide_ranks(weights.sources, options, weights)
-
-
 def settle(adapters: Sequence[Adapter], options: Options, decisions: Any) -> Draft | None:
     """The plan at the decided ranks."""
     return _plan(adapters, options, decisions["None"]) if decisions else None
-
-
-def transform(work: Work) -> dict[str, object]:
-    """Truncate a module's product."""
-    from ...linalg.factors import truncated
-
-    loaded = common.load(work)
-    joined = common.concatenated(loaded.factors, loaded.weights)
-    down, up = truncated(joined, work.params["rank"])
-    return common.save(work, loaded, down, up, bias=common.summed_bias(loaded))
 
 
 def _plan(adapters: Sequence[Adapter], options: Options, decided: Any) -> Draft:
