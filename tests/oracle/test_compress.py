@@ -425,3 +425,14 @@ def test_a_ratio_of_bytes_counts_the_index_as_it_is_stored() -> None:
     assert total > sum(
         count * stored("pivot", shape, found.ranks[shape]) for shape, count in counts.items()
     )
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "llama4_text"])
+def test_matrices_that_lie_between_others_are_refused(
+    family: str, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="transposed or interleaved"):
+        operate("compress", "svd", checkpoint(family), tmp_path / "out", ratio=0.3, form="dense")
+    assert not list(tmp_path.iterdir())
+    arguments: dict[str, Any] = {"ratio": 0.3, "form": "dense", "targets": "attention"}
+    operate("compress", "svd", checkpoint(family), tmp_path / "out", **arguments)

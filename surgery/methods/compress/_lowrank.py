@@ -117,6 +117,7 @@ def choose(model: Model, targets: str) -> list[Linear]:
 
     Raises:
         UsageError: a word that names nothing in this model.
+        InputError: a matrix whose numbers lie between those of others, so that it cannot be written by itself.
     """
     every = list(linears(model))
     roles = list(dict.fromkeys(linear.role for linear in every))
@@ -130,7 +131,15 @@ def choose(model: Model, targets: str) -> list[Linear]:
             )
     if not words:
         raise UsageError("--targets names nothing", hint="use all to compress every linear layer")
-    return [linear for linear in every if {"all", linear.group, linear.role}.intersection(words)]
+    found = [linear for linear in every if {"all", linear.group, linear.role}.intersection(words)]
+    for linear in found:
+        if not linear.region.contiguous:
+            raise InputError(
+                f"{model.folder}: {linear.region.tensor!r} holds matrices transposed or interleaved, so {linear.label} "
+                "cannot be written by itself",
+                hint="--targets attention, or a method that writes whole experts, such as molae or d2-moe",
+            )
+    return found
 
 
 def write_lowrank(work: Work, found: LowRank) -> dict[str, object]:
