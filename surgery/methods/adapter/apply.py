@@ -63,10 +63,7 @@ def plan(sources: Sequence[Any], options: Options) -> Draft:
     weights = common.parse_weights(options.weights, len(adapters))
     layouts = [common.layout_of(adapter, options.expert_layout) for adapter in adapters]
     known = {target.name: target for target in targets(base)}
-    if not base.moe_layers:
-        experts: dict[str, Target] = {}
-    else:
-        experts = {name: target for name, target in known.items() if target.kind == "experts"}
+    experts = {name: target for name, target in known.items() if target.kind == "experts"}
     units, changed = [], set()
     names = sorted({name for adapter in adapters for name in adapter.modules})
     for name in names:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...adapters.output import Written, config_of
-from ...adapters.targets import Target, targets
+from ...adapters.targets import targets
 from ...checkpoint.region import Region
 from ...errors import InputError, UsageError
 from ...plan import Unit
@@ -85,8 +85,6 @@ def decide_from_weights(
     Raises:
         InputError: something else changed, or nothing did.
     """
-    import torch
-
     base, _ = weights.sources
     found = list(targets(base))
     covered = {region.tensor for target in found for region in target.regions}
@@ -118,7 +116,6 @@ def decide_from_weights(
         )
     if not ranks:
         raise InputError(f"{weights.sources[1].folder}: no linear layer differs from the base")
-    del torch
     return {"None": {"ranks": ranks, "left_out": rest}}
 
 
@@ -251,6 +248,3 @@ def _values(weights: Weights, row: Sequence[Region]) -> torch.Tensor:
         for region in row
     ]
     return singular_values(torch.cat(parts))
-
-
-__all__ = ["INFO", "Options", "Target", "decide_from_weights", "plan", "settle", "transform"]

@@ -211,7 +211,7 @@ def plan_merge(
                 memory=8 * memory * numbers,
             )
         )
-    full, moves = _saved(adapters, weights)
+    full, moves = _saved(adapters)
     if moves:
         units.append(copy_unit("saved", moves))
     specs = [spec for entry in written for spec in entry.specs] + full
@@ -412,10 +412,9 @@ def layout_of(adapter: Adapter, chosen: str | None) -> str:
 
 
 def _saved(
-    adapters: Sequence[Adapter], weights: Sequence[float]
+    adapters: Sequence[Adapter],
 ) -> tuple[list[TensorSpec], list[tuple[Region, list[Region]]]]:
-    """Tensors that are saved in full, which can be kept only if all adapters that matter hold the same."""
-    del weights
+    """Tensors that are saved in full, which can be kept only if there is one adapter."""
     holders = [adapter for adapter in adapters if adapter.full]
     if not holders:
         return [], []
