@@ -269,3 +269,23 @@ def test_what_single_precision_cannot_resolve_is_done_in_double() -> None:
     # Nor is it asked about numbers at the ends of its range.
     scaled = truncate(weight * 1e-18, 100)
     assert scaled.relative_error == pytest.approx(found.relative_error, rel=1e-2)
+
+
+@pytest.mark.parametrize("rank", [1, 40, 89, 91, 149])
+@pytest.mark.parametrize("kind", ["orthogonal", "half rank", "two levels"])
+def test_single_precision_is_orthonormal_where_directions_cannot_be_told_apart(
+    kind: str, rank: int
+) -> None:
+    """Equal singular values, and more zeros than the rank: any basis is optimal, but it has to be one."""
+    values = {
+        "orthogonal": torch.ones(300),
+        "half rank": torch.cat([like_weights(150).float(), torch.zeros(150)]),
+        "two levels": torch.cat([torch.full((90,), 2.0), torch.ones(210)]),
+    }[kind].double()
+    weight = planted(400, 300, values).float()
+    found = truncate(weight, rank)
+    eye = torch.eye(rank, dtype=torch.float64)
+    assert torch.allclose(found.right_RN @ found.right_RN.T, eye, atol=1e-10)
+    tail = float(values[rank:].square().sum().sqrt())
+    assert float((found.product() - weight.double()).norm()) == pytest.approx(tail, rel=1e-5)
+    assert found.error == pytest.approx(tail, rel=1e-5)
