@@ -100,7 +100,8 @@ def config(
         full: names below PREFIX of tensors that are saved in full.
     """
     first = adapters[0].config
-    saved = sorted({key for key in first.saved for name in full if key in name.split(".")[:-1]})
+    announced = {key for adapter in adapters for key in adapter.config.saved}
+    saved = sorted({key for key in announced for name in full if key in name.split(".")[:-1]})
     return config_of(
         written,
         base=first.base,
@@ -177,10 +178,7 @@ def read_factors(
     """
     from . import packing
 
-    down, up = (
-        work.read(dataclasses.replace(region, source=source)).double()
-        for region in (module.down, module.up)
-    )
+    down, up = (work.read(placed(region, source)).double() for region in (module.down, module.up))
     root = math.sqrt(abs(module.scale))
     down_ERN = packing.unpack_down(down, module.experts) * math.copysign(root, module.scale)
     return down_ERN, packing.unpack_up(up, module.experts, layout) * root
@@ -194,6 +192,37 @@ def write_factors(
 
     work.write(written.down, packing.pack_down(down_ERN, written.down.shape))
     work.write(written.up, packing.pack_up(up_EMR, written.up.shape))
+
+
+def placed(region: Region, source: int) -> Region:
+    """The region in one of several sources."""
+    return dataclasses.replace(region, source=source)
+
+
+def layout_of(adapter: Adapter, chosen: str | None) -> str:
+    """The layout of an adapter's stacked experts, which only the user can tell where rank and count differ.
+
+    Raises:
+        InputError: it cannot be told and the user does not.
+    """
+    for module in adapter.modules.values():
+        if chosen is None and module.experts > 1 and module.rank > 1:
+            raise InputError(
+                f"{adapter.folder}: module {module.name} stacks {module.experts} experts of rank {module.rank}, and "
+                "the order in its second factor cannot be told from the file",
+                hint="--expert-layout peft for adapters that PEFT wrote, unsloth for Unsloth's",
+            )
+    return chosen or "peft"
+
+
+def stored_types(adapters: Sequence[Adapter], row: Sequence[Module | None]) -> list[str]:
+    """Stored types of both factors of everything that adapters hold of a module."""
+    return [
+        adapters[index].checkpoint.tensors[region.tensor].dtype
+        for index, module in enumerate(row)
+        if module is not None
+        for region in (module.down, module.up)
+    ]
 
 
 def check_agreement(adapters: Sequence[Adapter]) -> None:

@@ -6,12 +6,13 @@ Shapes: E matrices at once (stacked experts, or one), A [E, r, n], B [E, m, r], 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 
 Factors = tuple[torch.Tensor, torch.Tensor]
 """A [E, r, n] and B [E, m, r]."""
+CANCELLED = 1e-6
+"""Part of the square of the sum of all ranks' norms below which a squared norm from Gram matrices has lost digits."""
 
 
 def inner(first: Factors, second: Factors) -> torch.Tensor:
@@ -39,29 +40,33 @@ def relative_error(found: Factors, target: Factors) -> float:
 def rounding_error(found: Factors, rounded: Factors) -> float:
     """‖rounded - found‖ / ‖found‖ of factors that differ by a cast alone; 0 if found is zero.
 
-    B A - B' A' = (B - B') A + B' (A - A'), in which nothing large cancels.
+    B A - B' A' = (B - B') A + B' (A - A'), in which nothing large cancels. So the difference's norm is taken from
+    Gram matrices in float32, to six digits, of factors that are scaled to 1.
     """
-    down = torch.cat([found[0], found[0] - rounded[0]], dim=1)
-    up = torch.cat([found[1] - rounded[1], rounded[1]], dim=2)
     size = norm(found)
-    return norm((down, up)) / size if size else 0.0
-
-
-def cosines(several: Sequence[Factors]) -> list[list[float]]:
-    """Cosines of the angles between the products of one and of another, all E together; 0 where one is zero."""
-    down = torch.cat([down_ERN for down_ERN, _ in several], dim=1)
-    up = torch.cat([up_EMR for _, up_EMR in several], dim=2)
-    shared = ((up.mT @ up) * (down @ down.mT)).sum(dim=0)
-    sizes = [norm(pair) for pair in several]
-    ranks = [pair[0].shape[1] for pair in several]
-    blocks = [torch.split(row, ranks, dim=1) for row in torch.split(shared, ranks)]
-    return [
-        [
-            float(block.sum()) / (mine * other) if mine * other else 0.0
-            for block, other in zip(row, sizes, strict=True)
-        ]
-        for row, mine in zip(blocks, sizes, strict=True)
-    ]
+    down, up = found[0], rounded[1]
+    lost_down, lost_up = found[0] - rounded[0], found[1] - rounded[1]
+    peaks = [float(part.abs().max()) for part in (down, lost_up, lost_down, up)]
+    # Both summands relative to the larger: nothing that counts is too small for float32.
+    scales = peaks[0] * peaks[1], peaks[2] * peaks[3]
+    largest = max(scales)
+    if not size or not largest:
+        return 0.0
+    downs, ups = [], []
+    for first, second, scale, one, other in (
+        (down, lost_up, scales[0], peaks[0], peaks[1]),
+        (lost_down, up, scales[1], peaks[2], peaks[3]),
+    ):
+        if scale:
+            downs.append((first / one).float())
+            ups.append((second * (scale / largest / other)).float())
+    scaled = torch.cat(downs, dim=1), torch.cat(ups, dim=2)
+    square = float(inner(scaled, scaled).sum(dtype=torch.float64))
+    bound = float(_sizes(scaled).sum(dim=-1).square().sum(dtype=torch.float64))
+    if square > 1e-2 * bound / scaled[0].shape[1]:
+        return math.sqrt(square) * largest / size
+    wide = torch.cat([down, lost_down], dim=1), torch.cat([lost_up, up], dim=2)
+    return norm(wide) / size
 
 
 def dead(factors: Factors) -> int:
@@ -79,7 +84,7 @@ def norm(factors: Factors) -> float:
     square = float(inner(factors, factors).sum())
     # Products are sums over ranks of norm |a_j| |b_j|; what rounding adds to the square is relative to the sum's.
     bound = float(_sizes(factors).sum(dim=-1).square().sum())
-    if square > 1e-6 * bound:
+    if square > CANCELLED * bound:
         return math.sqrt(square)
     return float(torch.linalg.vector_norm(core(factors)))
 
@@ -102,7 +107,11 @@ def core(factors: Factors) -> torch.Tensor:
 
 def effective_rank(down: torch.Tensor, up: torch.Tensor) -> float:
     """Exp of the entropy of the normalised singular values, the mean over the E products; 0 for zero."""
-    values = torch.linalg.svdvals(core((down, up)))
+    return entropy_rank(torch.linalg.svdvals(core((down, up))))
+
+
+def entropy_rank(values: torch.Tensor) -> float:
+    """The same from singular values [E, k]."""
     shares = values / values.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)
     return float(torch.special.entr(shares).sum(dim=-1).exp().mean()) if values.any() else 0.0
 

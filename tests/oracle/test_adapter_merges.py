@@ -16,6 +16,7 @@ from moesurg.surgery.errors import InputError, UsageError
 from moesurg.surgery.linalg import factors as products
 from moesurg.surgery.linalg import gauge
 from moesurg.surgery.linalg.core_space import core_space
+from moesurg.surgery.linalg.factor_stack import Stack
 from moesurg.surgery.methods.adapters import _rules as rules
 from moesurg.surgery.methods.adapters import rtsvm
 from moesurg.surgery.methods.adapters.knots import aligned
@@ -99,14 +100,34 @@ def test_measures_hold_where_products_cancel() -> None:
 
 def test_angles_and_dead_ranks() -> None:
     first, second = ((down[None], up[None]) for down, up in pairs(ranks=(3, 4)))
-    found = torch.tensor(products.cosines([first, second]))
+    found = torch.tensor(Stack([first, second], [1.0, -2.0]).cosines())
     one, other = (up[0] @ down[0] for down, up in (first, second))
     expected = float((one * other).sum() / one.norm() / other.norm())
     torch.testing.assert_close(found, torch.tensor([[1.0, expected], [expected, 1.0]]))
     zero = (first[0] * 0, first[1])
-    assert products.cosines([first, zero])[0][1] == 0.0
+    assert Stack([first, zero], [1.0, 0.0]).cosines()[0][1] == 0.0
     second[1][0, :, 2] *= 1e-14
     assert (products.dead(second), products.dead(first), products.dead(zero)) == (1, 0, 3)
+
+
+@pytest.mark.parametrize("case", ["plain", "equal", "cancelled", "wide"])
+def test_a_stack_measures_what_its_total_is(case: str) -> None:
+    """Also where ranks repeat, where the sum is nearly nothing, and where there are more ranks than columns."""
+    several = [(down[None], up[None]) for down, up in pairs(ranks=(3, 4))]
+    weights = [0.5, -2.0]
+    if case == "equal":
+        several = [several[0], several[0]]
+    elif case == "cancelled":
+        several, weights = [several[0], several[0]], [1.0, 1e-6 - 1.0]
+    elif case == "wide":
+        several = [(down[None], up[None]) for down, up in pairs(ranks=(6, 7))]
+    stack = Stack(several, weights)
+    total = sum(w * up[0] @ down[0] for w, (down, up) in zip(weights, several, strict=True))
+    torch.testing.assert_close((stack.total[1] @ stack.total[0])[0], torch.as_tensor(total))
+    shares = torch.linalg.svdvals(torch.as_tensor(total))
+    shares = shares / shares.sum()
+    expected = float(torch.special.entr(shares).sum().exp())
+    assert stack.effective_rank() == pytest.approx(expected, rel=1e-5)
 
 
 def test_truncation_is_optimal() -> None:

@@ -240,20 +240,6 @@ def test_an_adapter_that_peft_wrote_stays_itself(
     assert (outputs(base, tmp_path / "out") - expected).abs().max() < 1e-4
 
 
-def test_modules_in_full_are_not_merged(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    base = checkpoint("llama")
-    for name in ("one", "two"):
-        saved_by_peft(
-            stock(base),
-            tmp_path / name,
-            target_modules=["q_proj"],
-            modules_to_save=["lm_head"],
-            task_type="CAUSAL_LM",
-        )
-    with pytest.raises(InputError, match=r"holds lm_head.weight in full"):
-        operate("merge", "svd", [tmp_path / "one", tmp_path / "two"], tmp_path / "out")
-
-
 class Convolutions(torch.nn.Module):
     """A model with a convolution of each dimension."""
 

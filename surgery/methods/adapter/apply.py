@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ...adapters.output import check_agreement
+from ...adapters.output import check_agreement, layout_of, placed
 from ...adapters.packing import LAYOUTS
 from ...adapters.targets import Target, targets
 from ...checkpoint.layout import TensorSpec
@@ -61,7 +61,7 @@ def plan(sources: Sequence[Any], options: Options) -> Draft:
     adapters: list[Adapter] = list(sources[1:])
     check_agreement(adapters)
     weights = common.parse_weights(options.weights, len(adapters))
-    layouts = [common.layout_of(adapter, options.expert_layout) for adapter in adapters]
+    layouts = [layout_of(adapter, options.expert_layout) for adapter in adapters]
     known = {target.name: target for target in targets(base)}
     experts = {name: target for name, target in known.items() if target.kind == "experts"}
     units, changed = [], set()
@@ -82,7 +82,7 @@ def plan(sources: Sequence[Any], options: Options) -> Draft:
         reads = [*writes]
         for index, module in held:
             parts = [module.down, module.up, *([module.bias] if module.bias else [])]
-            reads += [common.placed(part, index) for part in parts]
+            reads += [placed(part, index) for part in parts]
         units.append(
             Unit(
                 name,
@@ -151,7 +151,7 @@ def transform(work: Work) -> dict[str, object]:
         for index, adapter in held:
             module = adapter.modules[name]
             if module.bias is not None:
-                bias = work.read(common.placed(module.bias, index + 1)).double()
+                bias = work.read(placed(module.bias, index + 1)).double()
                 total = total + bias * (module.scale * params["weights"][index])
         work.write(bias_region, total)
     return {"change": (added / before) ** 0.5 if before else 0.0}

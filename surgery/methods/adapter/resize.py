@@ -16,8 +16,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ...adapters.packing import LAYOUTS
 from ...errors import InputError
 from ..adapters import _merge as common
+from ..adapters import _ranks as ranks
 from ..adapters import svd
 from ..base import Draft, Exactness, MethodInfo, option
 
@@ -34,13 +36,27 @@ INFO = MethodInfo(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(common.MergeOptions):
+class Options:
     """What the user chooses."""
 
+    weights: str | None = option(None, "factor on the adapter's change", metavar="W")
     rank: int | None = option(None, "rank of every module; by default its own")
     energy: float | None = option(
         None, "instead: the smallest rank that keeps this share of the squared singular values"
     )
+    expert_layout: str | None = option(
+        None, "how stacked experts' second factors are stored", choices=LAYOUTS
+    )
+
+    @property
+    def missing(self) -> str:
+        """A single adapter lacks nothing that another has."""
+        return "zero"
+
+    @property
+    def full_tensors(self) -> str:
+        """Nor does it differ from one."""
+        return "refuse"
 
 
 # One adapter at a rank is the sum of one.
@@ -74,7 +90,7 @@ def _plan(adapters: Sequence[Adapter], options: Options, decided: Any) -> Draft:
     return common.plan_merge(
         adapters,
         options,
-        rank=common.chosen_rank(options.rank, options.energy, decided),
+        rank=ranks.chosen_rank(options.rank, options.energy, decided),
         params={},
         exactness=exactness,
     )

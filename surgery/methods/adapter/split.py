@@ -14,11 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ...adapters.output import Written, widest
+from ...adapters.output import Written, layout_of, widest
 from ...adapters.packing import LAYOUTS
 from ...errors import InputError, UsageError
 from ...plan import Unit
-from ..adapters import _merge as common
 from ..base import Draft, Exactness, MethodInfo, option
 from . import _shelf as shelf
 
@@ -62,7 +61,7 @@ def plan(adapters: Sequence[Adapter], options: Options) -> Draft:
             f"{adapter.folder}: holds biases or modules in full, which belong to no single rank",
             hint="split an adapter without lora_bias and modules_to_save",
         )
-    layout = common.layout_of(adapter, options.expert_layout)
+    layout = layout_of(adapter, options.expert_layout)
     most = max(module.rank for module in adapter.modules.values())
     count = -(-most // options.ranks)
     digits = len(str(count - 1))

@@ -21,12 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...adapters.output import Written, aligned, check_agreement, widest
+from ...adapters.output import Written, aligned, check_agreement, placed, widest
 from ...checkpoint.layout import TensorSpec
 from ...checkpoint.region import Region
 from ...errors import InputError, UsageError
 from ...plan import Unit
-from ..adapters import _merge as common
 from ..base import Draft, Exactness, MethodInfo, option
 from . import _shelf as shelf
 
@@ -96,7 +95,7 @@ def plan(adapters: Sequence[Adapter], options: Options) -> Draft:
                 name,
                 "transform",
                 reads=tuple(
-                    common.placed(part, index)
+                    placed(part, index)
                     for index, module in enumerate(row)
                     if module is not None
                     for part in (module.down, module.up)

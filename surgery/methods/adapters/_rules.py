@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 from ...errors import UsageError
 from ..base import Draft, Exactness, option
 from . import _merge as common
+from . import _ranks as ranks
+from . import _saved as saved
+from . import _unit as unit
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     from ...linalg.gauge import Pair
 
     Random = Callable[..., np.random.Generator]
+    Back = Callable[[torch.Tensor], Pair]
 
 RULES = ("sum", "mean", "ties", "dare", "della", "tsv", "iso")
 DENSITY_HELP = "share of each change's elements that is kept"
@@ -33,9 +37,12 @@ WINDOW = 0.15
 """Distance of DELLA's largest from its smallest probability of keeping an element."""
 
 
+NORMALIZE_HELP = "divide by the weights that agree; without, the sum stays"
+
+
 @dataclass(frozen=True, kw_only=True)
 class DenseOptions(common.MergeOptions):
-    """What the user chooses for rules that act on whole changes of weights."""
+    """What the user chooses for rules that act on whole changes of weights, beside their density."""
 
     rank: int | None = option(None, DENSE_RANK_HELP)
 
@@ -58,14 +65,14 @@ def apply(
     rng: Random,
     density: float = 1.0,
     normalize: bool = True,
+    mass: float | None = None,
 ) -> torch.Tensor:
     """Merge matrices by a rule.
 
     Args:
         rule: ``sum``: sum_i w_i d_i; ``mean``: that divided by the sum of the weights; ``ties``: every change cut to
-        its
-            largest elements, signs elected, what agrees averaged; ``dare``: elements kept at random and divided by the
-            density, then summed; ``della``: kept at random, larger ones more, divided by their probability, signs
+            its largest elements, signs elected, what agrees averaged; ``dare``: elements kept at random and divided by
+            the density, then summed; ``della``: kept at random, larger ones more, divided by their probability, signs
             elected; ``tsv``: singular vectors made orthogonal across changes; ``iso``: the sum with all its singular
             values equal.
         changes: of one shape, float64.
@@ -73,15 +80,18 @@ def apply(
         rng: gives the stream of a purpose.
         density: of ``ties``, ``dare`` and ``della``.
         normalize: whether ``ties`` and ``della`` divide by the weights that agree.
+        mass: the sum of the weights that ``mean`` divides by, with those of adapters that lack the module.
     """
     from ...linalg import merge_rules, task_singular
 
     if rule in ("sum", "mean"):
         total = merge_rules.weighted_sum(changes, weights)
-        mass = sum(weights) if rule == "mean" else 1.0
-        if not mass:
+        if rule == "sum":
+            return total
+        divisor = sum(weights) if mass is None else mass
+        if not divisor:
             raise UsageError("--weights add up to 0, so no mean can be taken")
-        return total / mass
+        return total / divisor
     if rule == "ties":
         trimmed = [trim(change, density) for change in changes]
         return merge_rules.elected(trimmed, weights, normalize=normalize).merged
@@ -121,24 +131,28 @@ def dense(
     """A merge that forms the changes B A, applies a rule to them and truncates the result."""
 
     def merged(pairs: list[Pair], weights: list[float]) -> tuple[Pair, dict[str, object]]:
-        import torch
+        from ...linalg.lowrank import truncate
 
-        changes = [up @ down for down, up in pairs]
-        found = apply(rule, changes, weights, rng=rng, **options)
-        u, s, vt = torch.linalg.svd(found, full_matrices=False)
-        kept = min(rank, len(s))
-        root = s[:kept].sqrt()
-        size = float(torch.linalg.vector_norm(s))
-        lost = float(torch.linalg.vector_norm(s[kept:])) / size if size else 0.0
-        return (vt[:kept] * root[:, None], u[:, :kept] * root), {"truncation_error": lost}
+        found = apply(rule, [up @ down for down, up in pairs], weights, rng=rng, **options)
+        # What the rule leaves of full rank is far more than float32 rounds away; where it is not, `truncate` sees it.
+        kept = truncate(found.float(), rank)
+        up, down = kept.balanced()
+        return (down, up), {"truncation_error": kept.relative_error}
 
     return merged
 
 
-def plan_dense(
-    adapters: Sequence[Adapter], options: DenseOptions, params: dict[str, object]
-) -> Draft:
-    """The plan of a rule on whole changes: a unit also holds them, and an SVD of the result."""
+def plan_dense(adapters: Sequence[Adapter], options: DenseOptions) -> Draft:
+    """The plan of a rule on whole changes: every module at the chosen rank.
+
+    A unit also holds the changes, and the decomposition of the result.
+
+    Raises:
+        UsageError: an option out of range.
+    """
+    chosen: Any = options
+    params = {key: getattr(chosen, key) for key in ("density", "normalize") if hasattr(chosen, key)}
+    check_density(params["density"])
     count = len(adapters)
     modules = [module for adapter in adapters for module in adapter.modules.values()]
     # Copies of the factors that take as much memory as the dense changes of the widest module do.
@@ -147,42 +161,71 @@ def plan_dense(
     return common.plan_merge(
         adapters,
         options,
-        rank=sum_rank(options.rank),
+        rank=ranks.sum_rank(options.rank),
         params=params,
         exactness=Exactness("approximate", "the merged change is truncated to a lower rank"),
         memory=12 + (count + 4) * -(-dense_numbers // factors),
     )
 
 
-def transform_dense(work: Work, rule: str) -> dict[str, object]:
-    """Merge one module's changes by a rule and truncate."""
-    params = work.params
-    chosen = {key: params[key] for key in ("density", "normalize") if key in params}
-    merged = dense(
-        rule,
-        rank=params["rank"],
-        rng=lambda *path: work.rng(params["module"], *path),
-        **chosen,
-    )
-    return common.merge_each(work, merged)
+def transform_dense(rule: str) -> Callable[[Work], dict[str, object]]:
+    """The transform of a method that applies a rule to one module's whole changes and truncates."""
+
+    @saved.beside
+    def transform(work: Work) -> dict[str, object]:
+        params = work.params
+        chosen = {key: params[key] for key in ("density", "normalize") if key in params}
+        merged = dense(rule, rank=params["rank"], rng=_streams(work), **chosen)
+        return unit.merge_each(work, merged)
+
+    return transform
 
 
-def sum_rank(rank: int | None) -> Callable[[list[Any]], int]:
-    """The sum of a module's ranks, or the rank that the user chose.
+def plan_within(adapters: Sequence[Adapter], options: Any, *, memory: int = 12) -> Draft:
+    """The plan of a method that applies ``--rule`` to coordinates of the changes in a basis that loses nothing.
 
     Raises:
-        UsageError: below 1.
+        UsageError: an option out of range.
     """
-    if rank is not None and rank < 1:
-        raise UsageError(f"--rank {rank} should be at least 1")
+    check_density(options.density)
+    exactness = Exactness("approximate", f"the rule {options.rule} is no sum")
+    if options.rule == "sum" and options.rank is None:
+        exactness = Exactness("exact", "sums in the common basis are sums of the changes")
+    return common.plan_merge(
+        adapters,
+        options,
+        rank=ranks.sum_rank(options.rank),
+        params={"rule": options.rule, "density": options.density},
+        exactness=exactness,
+        memory=memory,
+    )
 
-    def found(modules: list[Any]) -> int:
-        first = modules[0]
-        total = sum(module.rank for module in modules)
-        most: int = min(first.inputs, first.outputs, total if rank is None else rank)
-        return most
 
-    return found
+def transform_within(
+    work: Work, coordinates: Callable[[list[Pair]], tuple[list[torch.Tensor], Back]]
+) -> dict[str, object]:
+    """Apply ``--rule`` to one module's changes in a basis.
+
+    Args:
+        coordinates: from the adapters' factors to matrices, and from a merged matrix to factors of at most the
+            planned rank.
+    """
+    params = work.params
+    mass = params["mass"]
+
+    def merged(pairs: list[Pair], weights: list[float]) -> Pair:
+        matrices, back = coordinates(pairs)
+        rng = _streams(work)
+        return back(
+            apply(params["rule"], matrices, weights, rng=rng, density=params["density"], mass=mass)
+        )
+
+    return unit.merge_each(work, merged)
+
+
+def _streams(work: Work) -> Random:
+    """The random streams of a module."""
+    return lambda *path: work.rng(work.params["module"], *path)
 
 
 def _drop(change: torch.Tensor, likely: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:

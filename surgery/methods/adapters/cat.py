@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING
 from ... import sweep
 from ..base import Draft, Exactness, MethodInfo, option
 from . import _merge as common
+from . import _saved as saved
+from . import _unit as unit
 
 if TYPE_CHECKING:
     from ...adapters.adapter import Adapter
@@ -53,8 +55,8 @@ def plan(adapters: Sequence[Adapter], options: Options) -> Draft:
     )
 
 
+@saved.beside
 def transform(work: Work) -> dict[str, object]:
     """Stack a module's factors."""
-    loaded = common.load(work)
-    down, up = common.concatenated(loaded.factors, loaded.weights)
-    return common.save(work, loaded, down, up, bias=common.summed_bias(loaded))
+    loaded = unit.load(work)
+    return unit.save(work, loaded, *loaded.stack.total, bias=unit.summed_bias(loaded))

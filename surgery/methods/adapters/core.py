@@ -15,16 +15,18 @@ Frobenius norm.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..base import Draft, Exactness, MethodInfo, option
+from ..base import MethodInfo, option
 from . import _merge as common
+from . import _ranks as ranks
 from . import _rules as rules
+from . import _saved as saved
 
 if TYPE_CHECKING:
-    from ...adapters.adapter import Adapter
+    import torch
+
     from ...execute import Work
     from ...linalg.gauge import Pair
 
@@ -42,41 +44,20 @@ class Options(common.MergeOptions):
     """What the user chooses."""
 
     rule: str = option("tsv", "how the coordinates are merged", choices=rules.RULES)
-    rank: int | None = option(None, "rank of every module; by default the sum of the ranks")
+    rank: int | None = option(None, ranks.SUM_HELP)
     density: float = option(0.5, rules.DENSITY_HELP + ", for ties, dare and della")
 
 
-def plan(adapters: Sequence[Adapter], options: Options) -> Draft:
-    """Every module at the sum of its ranks, or the chosen rank."""
-    rules.check_density(options.density)
-    exactness = Exactness("approximate", f"the rule {options.rule} is no sum")
-    if options.rule == "sum" and options.rank is None:
-        exactness = Exactness("exact", "sums in the common basis are sums of the changes")
-    return common.plan_merge(
-        adapters,
-        options,
-        rank=rules.sum_rank(options.rank),
-        params={"rule": options.rule, "density": options.density},
-        exactness=exactness,
-        memory=12,
-    )
+plan = rules.plan_within
 
 
+@saved.beside
 def transform(work: Work) -> dict[str, object]:
     """Merge one module's coordinates."""
     from ...linalg.core_space import core_space
 
-    params = work.params
-
-    def merged(pairs: list[Pair], weights: list[float]) -> Pair:
+    def coordinates(pairs: list[Pair]) -> tuple[list[torch.Tensor], rules.Back]:
         space = core_space(pairs)
-        found = rules.apply(
-            params["rule"],
-            space.cores,
-            weights,
-            density=params["density"],
-            rng=lambda *path: work.rng(params["module"], *path),
-        )
-        return space.factors(found, params["rank"])
+        return space.cores, lambda found: space.factors(found, work.params["rank"])
 
-    return common.merge_each(work, merged)
+    return rules.transform_within(work, coordinates)

@@ -17,9 +17,13 @@ from typing import TYPE_CHECKING
 
 from ..base import Draft, Exactness, MethodInfo, option
 from . import _merge as common
+from . import _ranks as ranks
 from . import _rules as rules
+from . import _saved as saved
 
 if TYPE_CHECKING:
+    import torch
+
     from ...adapters.adapter import Adapter
     from ...execute import Work
     from ...linalg.gauge import Pair
@@ -38,7 +42,7 @@ class Options(common.MergeOptions):
     """What the user chooses."""
 
     rule: str = option("sum", "how the coordinates are merged", choices=rules.RULES)
-    rank: int | None = option(None, common.RANK_HELP)
+    rank: int | None = option(None, ranks.RANK_HELP)
     density: float = option(0.5, rules.DENSITY_HELP + ", for ties, dare and della")
 
 
@@ -48,35 +52,30 @@ def plan(adapters: Sequence[Adapter], options: Options) -> Draft:
     return common.plan_merge(
         adapters,
         options,
-        rank=common.chosen_rank(options.rank, None),
+        rank=ranks.chosen_rank(options.rank, None),
         params={"rule": options.rule, "density": options.density},
         exactness=Exactness("approximate", "the changes are projected onto shared subspaces"),
         memory=12,
     )
 
 
+@saved.beside
 def transform(work: Work) -> dict[str, object]:
     """Merge one module's coordinates."""
     import torch
 
     from ...linalg.core_space import core_space
 
-    params = work.params
+    rank = work.params["rank"]
 
-    def merged(pairs: list[Pair], weights: list[float]) -> Pair:
+    def coordinates(pairs: list[Pair]) -> tuple[list[torch.Tensor], rules.Back]:
         space = core_space(pairs)
         grams = [sum(m @ m.T for m in space.cores), sum(m.T @ m for m in space.cores)]
         left, right = (
-            torch.linalg.eigh(torch.as_tensor(gram)).eigenvectors.flip(1)[:, : params["rank"]]
+            torch.linalg.eigh(torch.as_tensor(gram)).eigenvectors.flip(1)[:, :rank]
             for gram in grams
         )
-        found = rules.apply(
-            params["rule"],
-            [left.T @ core @ right for core in space.cores],
-            weights,
-            density=params["density"],
-            rng=lambda *path: work.rng(params["module"], *path),
-        )
-        return space.factors(left @ found @ right.T, params["rank"])
+        matrices = [left.T @ core @ right for core in space.cores]
+        return matrices, lambda found: space.factors(left @ found @ right.T, rank)
 
-    return common.merge_each(work, merged)
+    return rules.transform_within(work, coordinates)

@@ -9,16 +9,10 @@ rank, and the truncation to an adapter brings most of what was dropped back: its
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from ..base import Draft, MethodInfo, option
+from ..base import MethodInfo, option
 from . import _rules as rules
-
-if TYPE_CHECKING:
-    from ...adapters.adapter import Adapter
-    from ...execute import Work
 
 INFO = MethodInfo(
     summary="drop elements of the changes at random, scale up the others, add",
@@ -36,12 +30,4 @@ class Options(rules.DenseOptions):
     density: float = option(0.5, rules.DENSITY_HELP)
 
 
-def plan(adapters: Sequence[Adapter], options: Options) -> Draft:
-    """Every module at the chosen rank."""
-    rules.check_density(options.density)
-    return rules.plan_dense(adapters, options, {"density": options.density})
-
-
-def transform(work: Work) -> dict[str, object]:
-    """Merge one module's changes."""
-    return rules.transform_dense(work, "dare")
+plan, transform = rules.plan_dense, rules.transform_dense("dare")

@@ -10,16 +10,10 @@ each pruned change is the change. The loss of the truncation to an adapter is re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from ..base import Draft, MethodInfo, option
+from ..base import MethodInfo, option
 from . import _rules as rules
-
-if TYPE_CHECKING:
-    from ...adapters.adapter import Adapter
-    from ...execute import Work
 
 INFO = MethodInfo(
     summary="drop small elements of the changes more often than large ones, elect signs",
@@ -35,17 +29,7 @@ class Options(rules.DenseOptions):
     """What the user chooses."""
 
     density: float = option(0.5, rules.DENSITY_HELP)
-    normalize: bool = option(True, "divide by the weights that agree; without, the sum stays")
+    normalize: bool = option(True, rules.NORMALIZE_HELP)
 
 
-def plan(adapters: Sequence[Adapter], options: Options) -> Draft:
-    """Every module at the chosen rank."""
-    rules.check_density(options.density)
-    return rules.plan_dense(
-        adapters, options, {"density": options.density, "normalize": options.normalize}
-    )
-
-
-def transform(work: Work) -> dict[str, object]:
-    """Merge one module's changes."""
-    return rules.transform_dense(work, "della")
+plan, transform = rules.plan_dense, rules.transform_dense("della")

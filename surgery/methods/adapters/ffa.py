@@ -13,9 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ...adapters.output import placed
 from ...errors import InputError, UsageError
 from ..base import Draft, Exactness, MethodInfo
 from . import _merge as common
+from . import _saved as saved
+from . import _unit as unit
 
 if TYPE_CHECKING:
     from ...adapters.adapter import Adapter
@@ -61,6 +64,7 @@ def plan(adapters: Sequence[Adapter], options: Options) -> Draft:
     )
 
 
+@saved.beside
 def transform(work: Work) -> dict[str, object]:
     """Average one module's second factors."""
     import torch
@@ -69,7 +73,7 @@ def transform(work: Work) -> dict[str, object]:
     first, *others = (adapter.modules[name].down for adapter in work.adapters)
     shared = work.read(first)
     for index, region in enumerate(others, start=1):
-        if not torch.equal(shared, work.read(common.placed(region, index))):
+        if not torch.equal(shared, work.read(placed(region, index))):
             raise InputError(
                 f"{work.adapters[index].folder}: module {name}: lora_A differs from that of "
                 f"{work.adapters[0].folder}, so averaging lora_B alone would not average the changes",
@@ -86,8 +90,8 @@ def transform(work: Work) -> dict[str, object]:
         )
         return down, torch.as_tensor(up)
 
-    def bias(loaded: common.Loaded) -> torch.Tensor | None:
-        found = common.summed_bias(loaded)
+    def bias(loaded: unit.Loaded) -> torch.Tensor | None:
+        found = unit.summed_bias(loaded)
         return None if found is None else found / sum(loaded.weights)
 
-    return common.merge_each(work, merged, bias=bias)
+    return unit.merge_each(work, merged, bias=bias)

@@ -17,7 +17,10 @@ from typing import TYPE_CHECKING
 from ...errors import UsageError
 from ..base import Draft, Exactness, MethodInfo, option
 from . import _merge as common
+from . import _ranks as ranks
 from . import _rules as rules
+from . import _saved as saved
+from . import _unit as unit
 
 if TYPE_CHECKING:
     from ...adapters.adapter import Adapter
@@ -38,7 +41,7 @@ class Options(common.MergeOptions):
     """What the user chooses."""
 
     scale: float = option(1.0, "factor on the result; the paper tunes it, to about 1.5")
-    rank: int | None = option(None, "rank of every module; by default the sum of the ranks")
+    rank: int | None = option(None, ranks.SUM_HELP)
 
 
 def plan(adapters: Sequence[Adapter], options: Options) -> Draft:
@@ -48,13 +51,14 @@ def plan(adapters: Sequence[Adapter], options: Options) -> Draft:
     return common.plan_merge(
         adapters,
         options,
-        rank=rules.sum_rank(options.rank),
+        rank=ranks.sum_rank(options.rank),
         params={"scale": options.scale},
         exactness=Exactness("approximate", "singular values are replaced by their mean"),
         memory=12,
     )
 
 
+@saved.beside
 def transform(work: Work) -> dict[str, object]:
     """Merge one module."""
     from ...linalg.core_space import core_space
@@ -66,4 +70,4 @@ def transform(work: Work) -> dict[str, object]:
         found = rules.apply("iso", space.cores, weights, rng=work.rng) * params["scale"]
         return space.factors(found, params["rank"])
 
-    return common.merge_each(work, merged)
+    return unit.merge_each(work, merged)

@@ -16,9 +16,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..base import Draft, Exactness, MethodInfo, option
+from ..base import Draft, MethodInfo, option
 from . import _merge as common
+from . import _ranks as ranks
 from . import _rules as rules
+from . import _saved as saved
 
 if TYPE_CHECKING:
     import torch
@@ -42,45 +44,30 @@ class Options(common.MergeOptions):
     """What the user chooses."""
 
     rule: str = option("ties", "how the aligned parts are merged", choices=RULES)
-    rank: int | None = option(None, "rank of every module; by default the sum of the ranks")
+    rank: int | None = option(None, ranks.SUM_HELP)
     density: float = option(0.2, rules.DENSITY_HELP + ", for ties, dare and della")
 
 
 def plan(adapters: Sequence[Adapter], options: Options) -> Draft:
     """Every module at the sum of its ranks, or the chosen rank."""
-    rules.check_density(options.density)
-    exactness = Exactness("approximate", f"the rule {options.rule} is no sum")
-    if options.rule == "sum" and options.rank is None:
-        exactness = Exactness("exact", "sums in the common basis are sums of the changes")
-    return common.plan_merge(
-        adapters,
-        options,
-        rank=rules.sum_rank(options.rank),
-        params={"rule": options.rule, "density": options.density},
-        exactness=exactness,
-        memory=16,
-    )
+    return rules.plan_within(adapters, options, memory=16)
 
 
+@saved.beside
 def transform(work: Work) -> dict[str, object]:
     """Merge one module's aligned parts."""
     from ...linalg.factors import truncated
 
-    params = work.params
-
-    def merged(pairs: list[Pair], weights: list[float]) -> Pair:
+    def coordinates(pairs: list[Pair]) -> tuple[list[torch.Tensor], rules.Back]:
         basis, parts = aligned(pairs)
-        found = rules.apply(
-            params["rule"],
-            parts,
-            weights,
-            density=params["density"],
-            rng=lambda *path: work.rng(params["module"], *path),
-        )
-        down, up = truncated((found[None], basis[None]), params["rank"])
-        return down[0], up[0]
 
-    return common.merge_each(work, merged)
+        def back(found: torch.Tensor) -> Pair:
+            down, up = truncated((found[None], basis[None]), work.params["rank"])
+            return down[0], up[0]
+
+        return parts, back
+
+    return rules.transform_within(work, coordinates)
 
 
 def aligned(pairs: Sequence[Pair]) -> tuple[torch.Tensor, list[torch.Tensor]]:

@@ -33,6 +33,9 @@ from typing import TYPE_CHECKING, Any
 from ...errors import UsageError
 from ..base import Draft, Exactness, MethodInfo, option
 from . import _merge as common
+from . import _ranks as ranks
+from . import _saved as saved
+from . import _unit as unit
 
 if TYPE_CHECKING:
     import torch
@@ -98,7 +101,7 @@ def decide_from_weights(
     """The numbers of clusters that keep the wanted energy."""
     if options.k_energy is None:
         return {}
-    return common.decide_ranks(weights.sources, _Energy(options), weights)
+    return ranks.decide_ranks(weights, options, options.k_energy)
 
 
 def settle(adapters: Sequence[Adapter], options: Options, decisions: Any) -> Draft | None:
@@ -106,6 +109,7 @@ def settle(adapters: Sequence[Adapter], options: Options, decisions: Any) -> Dra
     return _plan(adapters, options, decisions["None"]) if decisions else None
 
 
+@saved.beside
 def transform(work: Work) -> dict[str, object]:
     """Cluster one module's ranks."""
     params = work.params
@@ -115,7 +119,7 @@ def transform(work: Work) -> dict[str, object]:
         seed = int(rng.integers(0, 2**31 - 1))
         return lego(pairs, weights, params["rank"], seed=seed, **params["lego"])
 
-    return common.merge_each(work, merged)
+    return unit.merge_each(work, merged)
 
 
 def lego(
@@ -164,8 +168,7 @@ def lego(
             owners += [index] * len(down)
     width = pairs[0][0].shape[1]
     points = torch.cat(chosen) if chosen else pairs[0][0].new_zeros(0, width + len(pairs[0][1]))
-    ranks = [len(down) for down, _ in pairs]
-    reference = _reference(reference_rank, ranks)
+    reference = _reference(reference_rank, [len(down) for down, _ in pairs])
     if not len(points):
         empty = (points.new_zeros(0, width), points.new_zeros(pairs[0][1].shape[0], 0))
         return empty, {"clusters": [], "dead_ranks": dead, "cancelled": 0}
@@ -218,10 +221,10 @@ def _featured(points: torch.Tensor, width: int, features: str) -> torch.Tensor:
     return torch.cat(normalised, dim=1)
 
 
-def _reference(chosen: str, ranks: Sequence[int]) -> float:
+def _reference(chosen: str, sizes: Sequence[int]) -> float:
     if chosen == "mean":
-        return sum(ranks) / len(ranks)
-    return float(max(ranks)) if chosen == "max" else float(chosen)
+        return sum(sizes) / len(sizes)
+    return float(max(sizes)) if chosen == "max" else float(chosen)
 
 
 def _plan(adapters: Sequence[Adapter], options: Options, decided: Any) -> Draft:
@@ -231,7 +234,7 @@ def _plan(adapters: Sequence[Adapter], options: Options, decided: Any) -> Draft:
             raise UsageError(
                 f"--reference-rank {options.reference_rank!r} should be mean, max or a positive number"
             )
-    find = common.chosen_rank(options.rank, options.k_energy, decided)
+    find = ranks.chosen_rank(options.rank, options.k_energy, decided)
 
     def rank(modules: list[Module]) -> int:
         total = sum(module.rank for module in modules)
@@ -258,22 +261,3 @@ def _plan(adapters: Sequence[Adapter], options: Options, decided: Any) -> Draft:
         exactness=Exactness("approximate", "ranks that are alike are averaged"),
         memory=12,
     )
-
-
-@dataclass(frozen=True)
-class _Energy:
-    """The options under the names that `common.decide_ranks` reads."""
-
-    options: Options
-
-    @property
-    def energy(self) -> float | None:
-        return self.options.k_energy
-
-    @property
-    def weights(self) -> str | None:
-        return self.options.weights
-
-    @property
-    def expert_layout(self) -> str | None:
-        return self.options.expert_layout

@@ -30,7 +30,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ...adapters.output import Written, aligned, check_agreement, config, widest
+from ...adapters.output import Written, aligned, check_agreement, config, layout_of, widest
 from ...adapters.packing import LAYOUTS
 from ...checkpoint.dtypes import nbytes
 from ...checkpoint.layout import TensorSpec
@@ -39,7 +39,7 @@ from ...errors import InputError, RefusedError, UsageError
 from ...packs import SCHEMA_VERSION, task_names
 from ...plan import Unit
 from ..base import Draft, Exactness, MethodInfo, option, required
-from . import _merge as common
+from . import _unit as unit
 
 if TYPE_CHECKING:
     import torch
@@ -100,7 +100,7 @@ def plan(adapters: Sequence[Adapter], options: Options) -> Draft:
     for adapter in adapters:
         _plain(adapter)
     names = task_names([adapter.folder for adapter in adapters])
-    layouts = [common.layout_of(adapter, options.expert_layout) for adapter in adapters]
+    layouts = [layout_of(adapter, options.expert_layout) for adapter in adapters]
     specs: list[TensorSpec] = []
     units: list[Unit] = []
     parts: dict[str, Any] = {}
@@ -179,7 +179,7 @@ def transform(work: Work) -> dict[str, object]:
     from ...linalg import reversible
 
     part, name = work.params["part"], work.params["module"]
-    loaded = common.load(work)
+    loaded = unit.load(work)
     before = loaded.factors
     after = [_prepared(found, part["rank"]) for found in before]
     if work.params["align"] == "procrustes":

@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..base import Draft, Exactness, MethodInfo, option
 from . import _merge as common
-from . import _rules as rules
+from . import _ranks as ranks
+from . import _saved as saved
+from . import _unit as unit
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +46,7 @@ SMALL = 0.01
 class Options(common.MergeOptions):
     """What the user chooses."""
 
-    rank: int | None = option(None, "rank of every module; by default the sum of the ranks")
+    rank: int | None = option(None, ranks.SUM_HELP)
 
 
 def plan(adapters: Sequence[Adapter], options: Options) -> Draft:
@@ -52,7 +54,7 @@ def plan(adapters: Sequence[Adapter], options: Options) -> Draft:
     return common.plan_merge(
         adapters,
         options,
-        rank=rules.sum_rank(options.rank),
+        rank=ranks.sum_rank(options.rank),
         params={},
         exactness=Exactness("approximate", "tasks are weighted and turned apart"),
         memory=24,
@@ -64,13 +66,14 @@ def decide_from_weights(
 ) -> dict[str, Any]:
     """The share of elements that count, by module, relative to the mean."""
     dense: dict[str, float] = {}
-    for name, factors in common.track_factors(weights, options):
+    for name, factors, _ in ranks.track_factors(weights, options):
         shares = [1 - sparsity(up[0] @ down[0]) for down, up in factors]
         dense[name] = sum(shares) / len(shares)
     mean = sum(dense.values()) / len(dense)
     return {"None": {name: share / mean if mean else 1.0 for name, share in dense.items()}}
 
 
+@saved.beside
 def transform(work: Work) -> dict[str, object]:
     """Merge one module."""
     from ...linalg.core_space import core_space
@@ -90,7 +93,7 @@ def transform(work: Work) -> dict[str, object]:
         core = space.cores[0].new_zeros(space.cores[0].shape) if found is None else found
         return space.factors(core, params["rank"]), {"outlier_weights": heavy}
 
-    return common.merge_each(work, merged)
+    return unit.merge_each(work, merged)
 
 
 def sparsity(change: torch.Tensor) -> float:

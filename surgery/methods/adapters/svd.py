@@ -18,6 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..base import Draft, Exactness, MethodInfo, option
 from . import _merge as common
+from . import _ranks as ranks
+from . import _saved as saved
+from . import _unit as unit
 
 if TYPE_CHECKING:
     from ...adapters.adapter import Adapter
@@ -37,8 +40,8 @@ INFO = MethodInfo(
 class Options(common.MergeOptions):
     """What the user chooses."""
 
-    rank: int | None = option(None, common.RANK_HELP)
-    energy: float | None = option(None, common.ENERGY_HELP)
+    rank: int | None = option(None, ranks.RANK_HELP)
+    energy: float | None = option(None, ranks.ENERGY_HELP)
 
 
 def plan(adapters: Sequence[Adapter], options: Options) -> Draft:
@@ -52,7 +55,7 @@ def decide_from_weights(
     """The ranks that keep the wanted energy; nothing where ranks do not depend on the weights."""
     if options.energy is None:
         return {}
-    return common.decide_ranks(weights.sources, options, weights)
+    return ranks.decide_ranks(weights, options, options.energy)
 
 
 def settle(adapters: Sequence[Adapter], options: Options, decisions: Any) -> Draft | None:
@@ -60,21 +63,21 @@ def settle(adapters: Sequence[Adapter], options: Options, decisions: Any) -> Dra
     return _plan(adapters, options, decisions["None"]) if decisions else None
 
 
+@saved.beside
 def transform(work: Work) -> dict[str, object]:
     """Truncate a module's sum."""
     from ...linalg.factors import truncated
 
-    loaded = common.load(work)
-    joined = common.concatenated(loaded.factors, loaded.weights)
-    down, up = truncated(joined, work.params["rank"])
-    return common.save(work, loaded, down, up, bias=common.summed_bias(loaded))
+    loaded = unit.load(work)
+    down, up = truncated(loaded.stack.total, work.params["rank"])
+    return unit.save(work, loaded, down, up, bias=unit.summed_bias(loaded))
 
 
 def _plan(adapters: Sequence[Adapter], options: Options, decided: Any) -> Draft:
     return common.plan_merge(
         adapters,
         options,
-        rank=common.chosen_rank(options.rank, options.energy, decided),
+        rank=ranks.chosen_rank(options.rank, options.energy, decided),
         params={},
         exactness=Exactness("approximate", "the sum is truncated to a lower rank"),
     )

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING
 from ...errors import UsageError
 from ..base import Draft, Exactness, MethodInfo, option
 from . import _merge as common
-from . import _rules as rules
+from . import _ranks as ranks
+from . import _saved as saved
+from . import _unit as unit
 
 if TYPE_CHECKING:
     from ...adapters.adapter import Adapter
@@ -38,7 +40,7 @@ class Options(common.MergeOptions):
     scale: float = option(
         1.0, "factor on the sum; the paper tunes it, to 0.3 or 0.4 for many tasks"
     )
-    rank: int | None = option(None, "rank of every module; by default the sum of the ranks")
+    rank: int | None = option(None, ranks.SUM_HELP)
 
 
 def plan(adapters: Sequence[Adapter], options: Options) -> Draft:
@@ -51,19 +53,20 @@ def plan(adapters: Sequence[Adapter], options: Options) -> Draft:
     return common.plan_merge(
         adapters,
         options,
-        rank=rules.sum_rank(options.rank),
+        rank=ranks.sum_rank(options.rank),
         params={"scale": options.scale},
         exactness=exactness,
     )
 
 
+@saved.beside
 def transform(work: Work) -> dict[str, object]:
     """Add up one module's changes."""
     from ...linalg.factors import truncated
 
-    loaded = common.load(work)
+    loaded = unit.load(work)
     scale = work.params["scale"]
-    joined = common.concatenated(loaded.factors, [weight * scale for weight in loaded.weights])
-    down, up = truncated(joined, work.params["rank"])
-    bias = common.summed_bias(loaded)
-    return common.save(work, loaded, down, up, bias=None if bias is None else bias * scale)
+    joined_down, joined_up = loaded.stack.total
+    down, up = truncated((joined_down, joined_up * scale), work.params["rank"])
+    bias = unit.summed_bias(loaded)
+    return unit.save(work, loaded, down, up, bias=None if bias is None else bias * scale)

@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING
 from ...errors import UsageError
 from ..base import Draft, Exactness, MethodInfo, option
 from . import _merge as common
-from . import _rules as rules
+from . import _ranks as ranks
+from . import _saved as saved
+from . import _unit as unit
 
 if TYPE_CHECKING:
     from ...adapters.adapter import Adapter
@@ -40,7 +42,7 @@ class Options(common.MergeOptions):
     """What the user chooses."""
 
     per_task: int | None = option(None, "singular triplets of each adapter; by default all")
-    rank: int | None = option(None, "rank of every module; by default the sum of the ranks")
+    rank: int | None = option(None, ranks.SUM_HELP)
 
 
 def plan(adapters: Sequence[Adapter], options: Options) -> Draft:
@@ -50,13 +52,14 @@ def plan(adapters: Sequence[Adapter], options: Options) -> Draft:
     return common.plan_merge(
         adapters,
         options,
-        rank=rules.sum_rank(options.rank),
+        rank=ranks.sum_rank(options.rank),
         params={"per_task": options.per_task},
         exactness=Exactness("approximate", "directions that tasks share are turned apart"),
         memory=12,
     )
 
 
+@saved.beside
 def transform(work: Work) -> dict[str, object]:
     """Merge one module."""
     from ...linalg.core_space import core_space
@@ -74,4 +77,4 @@ def transform(work: Work) -> dict[str, object]:
         core = space.cores[0].new_zeros(space.cores[0].shape) if found is None else found
         return space.factors(core, params["rank"])
 
-    return common.merge_each(work, merged)
+    return unit.merge_each(work, merged)
