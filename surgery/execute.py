@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from .checkpoint.dtypes import torch_dtype
 from .checkpoint.finite import first_non_finite
@@ -30,19 +30,30 @@ if TYPE_CHECKING:
     from .adapters.adapter import Adapter
     from .architectures.model import Model
     from .calibration.statistics import Statistics
+    from .checkpoint.writer import Data
 
 PLAN_FILE = "plan.json"
+
+
+class Writer(Protocol):
+    """Where results go."""
+
+    def write(self, name: str, data: Data, *, offset: int = 0) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class Runner:
     """Runs units of one plan into one staging folder."""
 
-    def __init__(self, plan: Plan, folder: Path, sources: Sequence[Source]) -> None:
+    def __init__(
+        self, plan: Plan, folder: Path, sources: Sequence[Source], writer: Writer | None = None
+    ) -> None:
         self.plan = plan
         self.sources = sources
         self.specs = {spec.name: spec for spec in plan.tensors}
         self.readers = [TensorReader(source.checkpoint) for source in sources]
-        self.writer = ShardWriter(folder, plan.shards, create=False)
+        self.writer = writer or ShardWriter(folder, plan.shards, create=False)
         kind = kind_of([source.folder for source in sources])
         self.method = load(plan.command, plan.method, kind)
         self._folder = folder
@@ -189,6 +200,16 @@ class Work:
 
         rows_ND, _ = self._runner.statistics.inputs(self.layer)
         return torch.from_numpy(rows_ND.copy())
+
+    def targets(self) -> torch.Tensor | None:
+        """What the original model's mixture gives the tokens of :meth:`inputs`, [N, D] float64.
+
+        None where the inputs are those of the original model, so that its mixture's output on them is the target.
+        """
+        import torch
+
+        found = self._runner.statistics.targets(self.layer)
+        return None if found is None else torch.from_numpy(found.copy()).double()
 
     def dtype(self, region: Region) -> str:
         """The type that is planned for the region."""

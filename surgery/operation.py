@@ -17,8 +17,9 @@ from .checkpoint.commit import Staging, fingerprint_digest
 from .checkpoint.formats import FORMATS
 from .checkpoint.hub import resolve
 from .checkpoint.writer import Hasher, ShardWriter
+from .deciding import Decider
 from .digests import Digests, file_marks, header_digest
-from .errors import InputError, MoesurgError, RefusedError, UsageError
+from .errors import InputError, RefusedError, UsageError
 from .execute import PLAN_FILE, Runner
 from .executors.base import Executor, choose_workers, memory_budget
 from .executors.pool import PoolExecutor
@@ -31,7 +32,6 @@ from .progress import Progress, Stop, stoppable
 from .report import card, record
 from .sources import Source, Takes, kind_of, open_source
 from .sweep import run_sweep
-from .weights import Weights
 
 if TYPE_CHECKING:
     from .architectures.model import Model
@@ -211,6 +211,15 @@ class _Job:
         )
         self.shards = plan.shards
         self.statistics: Any = None
+        self.decider = Decider(
+            method,
+            sources,
+            options,
+            plan.seed,
+            lambda draft, options: _plan(request, sources, draft, options),
+            progress,
+            stop,
+        )
 
     @property
     def models(self) -> Sequence[Model]:
@@ -242,6 +251,8 @@ class _Job:
                 sample=max(self.method.info.sample, self.draft.sample),
                 units=self.draft.units,
                 replacement=self.method.replacement,
+                operate=self.decider.operate if self.decider.sequential else None,
+                targets=any(unit.params.get("reconstruct") for unit in self.draft.units),
             )
             self.plan = dataclasses.replace(self.plan, statistics=self.statistics.place)
         identity = self._identity()
@@ -260,7 +271,8 @@ class _Job:
                 return True
             self._check_inputs(staging)
             digests = Digests(self.inputs)
-            decision = self._decide(staging)
+            with self.decider:
+                decision = self._decide(staging)
             self._settle(decision)
             hashes, metrics = self._execute(staging, decision)
             self._finish(staging, decision, hashes, metrics, digests.finish())
@@ -315,25 +327,16 @@ class _Job:
 
                 found = self.statistics.load(staging, self.progress, self.stop)
                 described = describe(found)
-            kept = {"layers": self._decided(found), "statistics": described}
+            kept = {"layers": self.decider.decide(found), "statistics": described}
             staging.record("decision", kept)
             staging.flush(lambda: None)
         return kept
 
-    def _decided(self, statistics: Any) -> dict[str, Any]:
-        method, model, seed = self.method, self.model, self.plan.seed
-        if method.decide_from_weights is not None:
-            with Weights(self.sources, self.progress, self.stop) as weights:
-                return method.decide_from_weights(model, self.options, statistics, weights, seed)
-        if method.decide is None:
-            raise MoesurgError(f"method {method.name} decides nothing")
-        return method.decide(model, self.options, statistics, seed)
-
     def _settle(self, decision: dict[str, Any] | None) -> None:
         """Plan again where decisions tell what the output holds."""
-        if self.method.settle is None or decision is None:
+        if decision is None:
             return
-        draft = self.method.settle(self.models, self.options, decision["layers"])
+        draft = self.decider.settle(decision["layers"])
         if draft is None:
             return
         self.draft = draft

@@ -288,10 +288,10 @@ def collect(
     stream = LayerStream(model, reader, device=device, max_memory=max_memory, scratch=scratch)
     sampled = np.arange(inputs, dtype=np.int64) * sequences.total // max(1, inputs)
     last = model.moe_layers[-1].index
-    collected = Collected(_manifest(model, sequences, stream.device, mode))
+    collected = Collected(manifest(model, sequences, stream.device, mode))
     with stream.run(sequences) as run:
         if inputs or trace:
-            collected.tensors.update(_places(run.batches, sampled, trace=trace))
+            collected.tensors.update(places(run.batches, sampled, trace=trace))
         for step in run.layers():
             collector = _collector(step, mode=mode, gram=gram, trace=trace, sampled=sampled)
             if collector is None:
@@ -325,7 +325,7 @@ def _collector(
     )
 
 
-def _places(
+def places(
     batches: list[Batch], sampled: NDArray[np.int64], *, trace: bool
 ) -> dict[str, NDArray[np.generic]]:
     """Which token and sequence the rows of inputs and traces belong to."""
@@ -343,9 +343,10 @@ def _places(
     return found
 
 
-def _manifest(
+def manifest(
     model: Model, sequences: Sequences, device: torch.device, mode: Mode
 ) -> dict[str, object]:
+    """What was run on what, JSON values."""
     return {
         "schema_version": SCHEMA_VERSION,
         "model_type": model.family.model_type,

@@ -68,6 +68,10 @@ class LayerStream:
         self.batch_tokens, self.max_memory, self.scratch = batch_tokens, max_memory, scratch
         self.stock = StockModel(model, self.device, dtype)
 
+    def stock_of(self, model: Model) -> StockModel:
+        """Another model's stock classes, on the same device and in the same dtype."""
+        return StockModel(model, self.device, self.stock.dtype)
+
     def run(self, sequences: Sequences) -> Run:
         """Embed the sequences; the layers follow.
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .. import __version__
-from ..architectures.model import Model
+from ..architectures.model import Layer, Model
 from ..checkpoint.commit import Staging
 from ..checkpoint.hub import resolve
 from ..checkpoint.reader import TensorReader
@@ -22,6 +22,9 @@ from .gram_folder import FreshGrams, FreshShifted, GivenGrams, Grams, calibrate_
 from .means import FreshMeans, Means
 from .sequences import Sequences, tokenise
 from .statistics import JSON_FILE, TENSOR_FILE, Statistics, model_digest
+
+if TYPE_CHECKING:
+    from .collect import Collected
 
 
 class StatisticsSource(Protocol):
@@ -58,12 +61,16 @@ def statistics_source(
     sample: int = 0,
     units: Sequence[Unit] = (),
     replacement: Callable[[Unit, Any, Any, Any], Any] | None = None,
+    operate: Callable[[Layer, Statistics], tuple[Model, TensorReader]] | None = None,
+    targets: bool = False,
 ) -> StatisticsSource:
     """A folder's statistics if one is given, otherwise statistics of ``data`` or the built-in text.
 
     Args:
         sample: rows of each mixture's input that they must hold; every token's if the text has fewer.
         units, replacement: of a method that needs what its own replacements do to later inputs.
+        operate: makes a layer from its statistics, in a run that goes from layer to layer.
+        targets: such a run needs what the original mixtures give the sampled tokens.
 
     Raises:
         InputError: a folder of another model or without what the method needs, or unusable text.
@@ -76,6 +83,13 @@ def statistics_source(
                 hint="give it text with --data, or nothing for the built-in text",
             )
         return FreshShifted(model, data, tokens, seq_len, device, units, replacement)
+    if operate is not None:
+        if calibration is not None:
+            raise UsageError(
+                "--sequential takes statistics behind the layers that it operates on, so that no folder holds them",
+                hint="give the text with --data, or nothing for the built-in text, instead of --calibration",
+            )
+        return _Sequential(model, data, tokens, seq_len, mode, device, sample, operate, targets)
     if mode == "means":
         if calibration is not None:
             raise UsageError(
@@ -188,6 +202,7 @@ class _Fresh:
             staging.path,
             progress,
             stop,
+            self._collector(),
             mode=self._mode,
             device=self._device,
             inputs=min(self._sample, sequences.total),
@@ -195,6 +210,11 @@ class _Fresh:
         for name, data in files.items():
             staging.write_file(name, data)
         return Statistics.open(staging.path)
+
+    def _collector(self) -> Callable[..., Collected]:
+        from .collect import collect
+
+        return collect
 
     def check(self, model: Model, digests: Mapping[Path, str]) -> None:
         """They were collected from the weights being read."""
@@ -204,17 +224,43 @@ class _Fresh:
         return [*words, "--tokens", str(self._tokens), "--seq-len", str(self._seq_len)]
 
 
+class _Sequential(_Fresh):
+    """Statistics collected behind the layers that the run operates on, which it makes on the way."""
+
+    def __init__(
+        self,
+        model: Model,
+        data: Sequence[Path],
+        tokens: int,
+        seq_len: int,
+        mode: DataNeed,
+        device: str,
+        sample: int,
+        operate: Callable[[Layer, Statistics], tuple[Model, TensorReader]],
+        targets: bool,
+    ) -> None:
+        super().__init__(model, data, tokens, seq_len, mode, device, sample)
+        self._operate, self._targets = operate, targets
+        self.identity["sequential"] = True
+
+    def _collector(self) -> Callable[..., Collected]:
+        from functools import partial
+
+        from .sequential import collect_sequential
+
+        return partial(collect_sequential, operate=self._operate, targets=self._targets)
+
+
 def _collect(
     model: Model,
     sequences: Sequences,
     scratch: Path,
     progress: Progress,
     stop: Stop,
+    collect: Callable[..., Collected],
     **options: Any,
 ) -> dict[str, bytes]:
     """Collect statistics and their model's digest; returns the folder's files."""
-    from .collect import collect
-
     digests = Digests(model.checkpoint.inputs)
     done = 0
 
@@ -324,7 +370,9 @@ def calibrate(
         ) as staging,
     ):
         if not staging.complete:
-            files = _collect(model, sequences, staging.path, progress, stop, **options)
+            from .collect import collect
+
+            files = _collect(model, sequences, staging.path, progress, stop, collect, **options)
             for name, content in files.items():
                 staging.write_file(name, content)
             staging.commit()

@@ -196,6 +196,11 @@ class Statistics:
             raise InputError(f"{self.folder / TENSOR_FILE}: {name!r} has shape {list(shape)}")
         return shape[0], shape[1]
 
+    def targets(self, layer: int) -> NDArray[np.float32] | None:
+        """The original mixture's outputs for the tokens of :meth:`inputs` [N, D], None where those are its inputs."""
+        info = self._tensors.get(f"targets.{layer}")
+        return None if info is None else self._read(info)
+
     def trace(
         self, layer: int
     ) -> tuple[NDArray[np.unsignedinteger], NDArray[np.int64], NDArray[np.int64]]:

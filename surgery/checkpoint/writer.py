@@ -65,7 +65,7 @@ class ShardWriter:
         Raises:
             ValueError: an unknown tensor, or bytes outside it.
         """
-        view = _as_bytes(data)
+        view = as_bytes(data)
         shard, begin = self._locate(name, offset, len(view))
         self._put(shard.file, [(begin, view)])
 
@@ -84,7 +84,7 @@ class ShardWriter:
         Raises:
             ValueError: an unknown tensor, rows that overlap, a broken last row, or bytes outside.
         """
-        view = _as_bytes(data)
+        view = as_bytes(data)
         if row_bytes < 1 or row_stride_bytes < row_bytes or len(view) % row_bytes:
             raise ValueError(
                 f"{len(view)} bytes cannot be rows of {row_bytes} bytes every {row_stride_bytes}"
@@ -284,7 +284,8 @@ class Hasher:
             raise InputError(f"{path} cannot be read back: {error.strerror}") from error
 
 
-def _as_bytes(data: Data) -> memoryview:
+def as_bytes(data: Data) -> memoryview:
+    """What is written, as bytes."""
     view = memoryview(cast("Buffer", data))
     # A view with a zero in its shape cannot be cast.
     return view.cast("B") if view.nbytes else memoryview(b"")

@@ -31,6 +31,15 @@ VARIANTS: dict[str, dict[str, object]] = {
     "prune weighted-ean --power 2": {"power": 2},
 }
 """Options beside the defaults that are measured too."""
+WAYS: dict[str, dict[str, object]] = {
+    "plain": {},
+    "reconstruct": {"reconstruct": True},
+    "sequential": {"reconstruct": True, "sequential": True},
+    "plain sequential": {"sequential": True},
+    "budget": {"reconstruct": True, "budget": "global"},
+    "plain budget": {"budget": "global"},
+}
+"""What a method that makes fewer experts can be asked for beside its own options."""
 
 
 def main() -> None:
@@ -53,6 +62,7 @@ def experts_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--eval-tokens", type=int, default=12000)
     parser.add_argument("--ridge", type=float, default=0.1)
     parser.add_argument("--methods", nargs="+", default=labels(), metavar="LABEL")
+    parser.add_argument("--ways", nargs="+", default=["plain", "reconstruct"], choices=WAYS)
 
 
 def labels() -> list[str]:
@@ -64,6 +74,13 @@ def labels() -> list[str]:
         if "experts" in fields_of(command, name)
     ]
     return sorted([*found, *VARIANTS])
+
+
+def ways_of(fields: set[str], ways: list[str]) -> list[str]:
+    """The ways that a method has; one that always solves has no plain one."""
+    solved = [way for way in ways if "sweeps" in fields or "reconstruct" not in WAYS[way]]
+    always = "sweeps" in fields and "reconstruct" not in fields
+    return [way for way in solved if not always or "reconstruct" in WAYS[way]]
 
 
 def fields_of(command: str, name: str) -> set[str]:
@@ -92,22 +109,26 @@ def experts(arguments: argparse.Namespace, folder: Path) -> None:
     )
     source = Model.open(arguments.model)
     base = perplexities(arguments.model, held_out, arguments.eval_tokens)
-    head("experts", "method", "reconstructed", *base, "error before", "error after")
+    head("experts", "method", "way", *base, "error before", "error after")
     row(str(source.experts), "source", "", *base.values(), "", "")
     for count in arguments.experts:
         for label in arguments.methods:
             command, name = label.split()[:2]
             fields = fields_of(command, name)
-            for solve in (False, True) if "reconstruct" in fields else (True,):
+            for way in ways_of(fields, arguments.ways):
                 options: dict[str, Any] = {
                     "experts": count,
-                    "reconstruct": solve,
                     "sample": arguments.sample,
                     "ridge": arguments.ridge,
+                    **WAYS[way],
                 }
                 options = {key: value for key, value in options.items() if key in fields}
                 options |= VARIANTS.get(label, {})
-                blind = load(command, name).info.data == "none" and not solve
+                given: dict[str, Any] = {"calibration": statistics}
+                if load(command, name).info.data == "none" and way == "plain":
+                    given = {}
+                elif options.get("sequential"):
+                    given = {"data": seen, "tokens": arguments.tokens}
                 results, errors = [], []
                 for seed in SEEDS if name == "random" else SEEDS[:1]:
                     output = folder / "output"
@@ -118,14 +139,14 @@ def experts(arguments: argparse.Namespace, folder: Path) -> None:
                         output,
                         options,
                         seed=seed,
-                        calibration=None if blind else statistics,
+                        **given,
                     )
                     results.append(perplexities(output, held_out, arguments.eval_tokens))
                     errors.append(layer_errors(report))
                 mean = [sum(r[key] for r in results) / len(results) for key in base]
                 before, after = (sum(e[i] for e in errors) / len(errors) for i in (0, 1))
-                shown = (f"{before:.3f}", f"{after:.3f}") if solve else ("", "")
-                row(str(count), label, "yes" if solve else "no", *mean, *shown)
+                shown = (f"{before:.3f}", f"{after:.3f}") if before else ("", "")
+                row(str(count), label, way, *mean, *shown)
 
 
 def compress_parser(parser: argparse.ArgumentParser) -> None:

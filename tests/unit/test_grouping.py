@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from moesurg.surgery.errors import InputError, MoesurgError
+from moesurg.surgery.linalg.allocation import allocate
 from moesurg.surgery.methods.experts import m_smoe, sub_moe
 from moesurg.surgery.methods.experts._groups import check, from_labels
 
@@ -125,12 +126,14 @@ def test_identical_experts_fill_every_group() -> None:
 
 def test_allocation_is_the_optimum_of_all_allocations() -> None:
     rng = np.random.default_rng(3)
-    curves = {layer: sorted(rng.random(5), reverse=True) for layer in range(3)}
-    found = sub_moe.allocate(curves, 8, 1)
+    curves = {
+        layer: dict(enumerate(sorted(rng.random(5), reverse=True), start=1)) for layer in range(3)
+    }
+    found = allocate(curves, 8)
     assert sum(found.values()) == 8
-    cost = sum(curves[layer][count - 1] for layer, count in found.items())
+    cost = sum(curves[layer][count] for layer, count in found.items())
     best = min(
-        sum(curves[layer][count - 1] for layer, count in enumerate(counts))
+        sum(curves[layer][count] for layer, count in enumerate(counts))
         for counts in itertools.product(range(1, 6), repeat=3)
         if sum(counts) == 8
     )
@@ -139,4 +142,4 @@ def test_allocation_is_the_optimum_of_all_allocations() -> None:
 
 def test_an_impossible_allocation_is_refused() -> None:
     with pytest.raises(InputError, match="no allocation of 3"):
-        sub_moe.allocate({0: [1.0, 0.5], 1: [1.0, 0.5]}, 3, 2)
+        allocate({0: {2: 0.5}, 1: {2: 0.5}}, 3)

@@ -6,18 +6,18 @@ N counts rows, E experts, D the model width, F an expert's width, K the experts 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from ...architectures.routing import route
 from ...checkpoint.dtypes import torch_dtype
 from ...errors import InputError
+from .._mixture import mixture
 
 if TYPE_CHECKING:
     import torch
 
-    from ...architectures.model import Experts, Model
+    from ...architectures.model import Experts, Layer, Model
     from ...checkpoint.region import Region
-    from ...execute import Work
 
     Activation = Callable[[torch.Tensor], torch.Tensor]
 
@@ -100,8 +100,23 @@ def gates(model: Model, rows_ND: torch.Tensor, routing: Sequence[torch.Tensor]) 
     return dense_NE.scatter_(1, index_NK, weights_NK.double())
 
 
+class Reads(Protocol):
+    """What gives a region's values."""
+
+    def read(self, region: Region) -> torch.Tensor: ...
+
+
+def mixture_output(
+    reader: Reads, model: Model, layer: Layer, rows_ND: torch.Tensor
+) -> torch.Tensor:
+    """What a layer's routed experts give on every row, [N, D] float64; of plain families (:func:`require_plain`)."""
+    experts = mixture(layer)
+    gates_NE = gates(model, rows_ND, [reader.read(part) for part in experts.routing])
+    return routed_output(reader, experts, rows_ND, gates_NE, activation(model))
+
+
 def routed_output(
-    work: Work, experts: Experts, rows_ND: torch.Tensor, gates_NE: torch.Tensor, act: Activation
+    reader: Reads, experts: Experts, rows_ND: torch.Tensor, gates_NE: torch.Tensor, act: Activation
 ) -> torch.Tensor:
     """The mixture's output on every row, [N, D] float64, one expert in memory at a time."""
     import torch
@@ -110,15 +125,15 @@ def routed_output(
     for expert in range(experts.count):
         token_M = gates_NE[:, expert].nonzero().flatten()
         if len(token_M):
-            output_MD = expert_output(work, experts, expert, rows_ND[token_M], act)
+            output_MD = expert_output(reader, experts, expert, rows_ND[token_M], act)
             mixed_ND.index_add_(0, token_M, output_MD * gates_NE[token_M, expert, None])
     return mixed_ND
 
 
 def expert_output(
-    work: Work, experts: Experts, expert: int, rows_ND: torch.Tensor, act: Activation
+    reader: Reads, experts: Experts, expert: int, rows_ND: torch.Tensor, act: Activation
 ) -> torch.Tensor:
     """One expert's function on every row, [N, D] float64."""
-    found = {name: work.read(region) for name, region in experts.regions(expert).items()}
+    found = {name: reader.read(region) for name, region in experts.regions(expert).items()}
     hidden_NF = hidden(rows_ND, found["gate"], found["up"], act)
     return hidden_NF.double() @ found["down"].double().T

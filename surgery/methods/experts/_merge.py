@@ -14,6 +14,7 @@ from ...architectures.base import PROJECTIONS
 from ...errors import InputError
 from ...plan import Unit
 from .._forms import Form, Stored, check_expert_types, mapped, pad, ragged, row_map, uniform
+from .._layers import LayerOptions, layer_counts
 from .._mixture import mixture, one_mixture, prediction_notes, replaced
 from ..base import Draft, Exactness
 from ._function import activation, gates, hidden, require_plain, routed_output, stored
@@ -40,8 +41,8 @@ ROUTER_HELP = (
 
 def plan_merge(
     models: Sequence[Model],
+    options: LayerOptions,
     *,
-    experts: int,
     router: str,
     params: dict[str, Any],
     sample: int = 0,
@@ -51,7 +52,7 @@ def plan_merge(
 
     Args:
         models: exactly one mixture.
-        experts: groups per layer.
+        options: the number of groups per layer, and how layers differ.
         router: one of ROUTERS.
         params: what the transform needs to know, the same for every unit. Read here and below: ``router``;
             ``align`` (``none``, ``weight``; in REAM's matching also ``activation`` and ``both``) and
@@ -65,7 +66,11 @@ def plan_merge(
     Raises:
         InputError: not one MoE, more experts than there are, or fewer than the router selects.
     """
-    model = one_mixture(models, "merging", "merge")
+    model, experts = one_mixture(models, "merging", "merge"), options.experts
+    scheduled = layer_counts(model, options)
+    counts = scheduled if counts is None else counts
+    if options.budget == "global":
+        sample = max(sample, options.sample)
     if not 1 <= experts <= model.experts:
         raise InputError(
             f"{model.folder}: --experts {experts} asked for, the model has {model.experts} per layer"
@@ -76,7 +81,10 @@ def plan_merge(
             "each token selects",
             hint=f"use --experts {model.rule.top_k} or more",
         )
-    if params.get("reconstruct") or params.get("combine") or params.get("matching") == "ream":
+    computes = (
+        params.get("reconstruct") or params.get("combine") or params.get("matching") == "ream"
+    )
+    if computes or options.budget == "global":
         require_plain(model)
     placed = router in ("tied", "mapped")
     if model.rule.groups > 1 and not placed and experts != model.experts:
@@ -262,7 +270,10 @@ def _reconstructed(
         stored(work.model, part, _router_rows(values, grouping, work.params["router"]))
         for part, values in zip(experts.routing, routing, strict=True)
     ]
-    target_ND = routed_output(work, experts, rows_ND, gates(work.model, rows_ND, routing), act)
+    target_ND = work.targets()
+    if target_ND is None:
+        before_NE = gates(work.model, rows_ND, routing)
+        target_ND = routed_output(work, experts, rows_ND, before_NE, act)
     gates_NS = gates(work.model, rows_ND, kept)
     places = [[slot] for slot in range(len(grouping.groups))]
     if work.params["router"] in ("tied", "mapped"):

@@ -13,7 +13,8 @@ on the sampled inputs never grows either.
 
 MergeMoE (arXiv:2510.14436) solves for one merged expert at a time, against the members' unweighted outputs. Here
 the experts of a layer are solved together, against what the layer has to compute, on the tokens the new router sends.
-This is our own; the inputs of every layer are those of the original model.
+This is our own. The inputs of every layer are those of the original model, or with ``--sequential`` those that the
+layers already operated on give, with what the original model computes for the same tokens as the target y.
 
 Memory: the rows and their residual, all experts of the new layer, and one expert's equations.
 """
@@ -25,6 +26,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...errors import UsageError
+from .._layers import LayerOptions
 from ..base import option
 from ._function import hidden
 
@@ -34,11 +36,9 @@ if TYPE_CHECKING:
     from ...architectures.model import Experts
     from ._function import Activation
 
-SAMPLE_HELP = "rows of each mixture's input to sample, where the method uses any"
-
 
 @dataclass(frozen=True, kw_only=True)
-class SolveOptions:
+class SolveOptions(LayerOptions):
     """The options of the solution; a method that always reconstructs inherits these alone."""
 
     sweeps: int = option(3, "passes over the experts of a layer in a reconstruction")
@@ -46,7 +46,6 @@ class SolveOptions:
         0.1,
         "pull of a reconstruction towards the weights that it starts from, in units of the mean diagonal",
     )
-    sample: int = option(4096, SAMPLE_HELP)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +63,6 @@ def reconstruct_params(options: SolveOptions) -> dict[str, Any]:
     Raises:
         UsageError: a number makes no sense.
     """
-    if options.sample < 1:
-        raise UsageError(f"--sample should be at least 1, is {options.sample}")
     if isinstance(options, ReconstructOptions) and not options.reconstruct:
         return {}
     if options.sweeps < 1:

@@ -43,7 +43,7 @@ from ...checkpoint.reader import TensorReader
 from ...errors import InputError, UsageError
 from ...seeding import stream
 from .._mixture import mixture
-from ..base import DataNeed, Draft, MethodInfo, option, required
+from ..base import DataNeed, Draft, MethodInfo, option
 from ._compare import BASES, compare
 from ._groups import Grouping, around, from_labels, from_members, reweighted
 from ._merge import ROUTER_HELP, ROUTERS, plan_merge, transform_merge
@@ -71,7 +71,6 @@ COMBINES = ("mean", "frequency", "saliency", "least-squares")
 class Options(ReconstructOptions):
     """What the user chooses."""
 
-    experts: int = required("experts to keep in every layer")
     group_by: str = option("outputs", "what experts are compared by", choices=BASES)
     cluster: str = option("ream", "how they are grouped", choices=CLUSTERS)
     align: str = option(
@@ -127,7 +126,7 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
     sampled = options.align == "activation" or "combine" in params or options.reconstruct
     draft = plan_merge(
         models,
-        experts=options.experts,
+        options,
         router=options.router,
         params=params,
         sample=options.sample if sampled else 0,

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from ...checkpoint.reader import TensorReader
 from ...errors import InputError
 from .._mixture import mixture
-from ..base import Draft, MethodInfo, option, required
+from ..base import Draft, MethodInfo, option
 from ._compare import compare
 from ._groups import from_labels
 from ._merge import ROUTER_HELP, ROUTERS, plan_merge, transform_merge
@@ -55,7 +55,6 @@ BASES = {
 class Options(ReconstructOptions):
     """What the user chooses."""
 
-    experts: int = required("experts to keep in every layer")
     router: str = option("keep", ROUTER_HELP, choices=ROUTERS)
     linkage: str = option(
         "average",
@@ -79,7 +78,7 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
     params = {"router": options.router, "align": options.align, "reference": "representative"}
     return plan_merge(
         models,
-        experts=options.experts,
+        options,
         router=options.router,
         params={**params, **reconstruct_params(options)},
         sample=options.sample if options.reconstruct else 0,

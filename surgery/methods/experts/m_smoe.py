@@ -22,10 +22,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from ...errors import InputError, UsageError
-from ..base import Draft, MethodInfo, option, required
+from .._layers import LayerOptions
+from ..base import Draft, MethodInfo, option
 from ._groups import around
 from ._merge import ROUTER_HELP, ROUTERS, decided_counts, plan_merge, transform_merge, undecided
 from ._reconstruct import ReconstructOptions, reconstruct_params
@@ -40,7 +41,6 @@ INFO = MethodInfo(
     inputs="one mixture of experts",
     data="routed",
 )
-ALLOCATIONS = ("uniform", "global")
 ALLOCATION_HELP = (
     "uniform: the same number of experts in every layer; global: the paper's allocation over the "
     "whole model, which may leave a layer fewer experts than a token selects: needs --router tied or mapped"
@@ -48,15 +48,19 @@ ALLOCATION_HELP = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(ReconstructOptions):
-    """What the user chooses."""
+class Grouped(LayerOptions):
+    """The options of all methods that begin with this merge."""
 
-    experts: int = required("experts to keep in every layer (on average, with --allocation global)")
     router: str = option("keep", ROUTER_HELP, choices=ROUTERS)
     align: str = option(
         "weight", "permute neurons to match expert 0 before averaging", choices=("weight", "none")
     )
-    allocation: str = option("uniform", ALLOCATION_HELP, choices=ALLOCATIONS)
+    allocation: str = option("uniform", ALLOCATION_HELP, choices=("uniform", "global"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Grouped, ReconstructOptions):
+    """What the user chooses."""
 
 
 def plan(models: Sequence[Model], options: Options) -> Draft:
@@ -74,10 +78,7 @@ def settle(models: Sequence[Model], options: Options, decisions: Mapping[str, An
 def _plan(models: Sequence[Model], options: Options, counts: dict[int, int] | None) -> Draft:
     return plan_grouped(
         models,
-        experts=options.experts,
-        router=options.router,
-        align=options.align,
-        allocation=options.allocation,
+        options,
         counts=counts,
         params=reconstruct_params(options),
         sample=options.sample if options.reconstruct else 0,
@@ -86,11 +87,8 @@ def _plan(models: Sequence[Model], options: Options, counts: dict[int, int] | No
 
 def plan_grouped(
     models: Sequence[Model],
+    options: Grouped,
     *,
-    experts: int,
-    router: str,
-    align: str,
-    allocation: str,
     counts: dict[int, int] | None,
     params: Mapping[str, Any],
     sample: int = 0,
@@ -102,6 +100,7 @@ def plan_grouped(
         params: what else is done with a merged expert; see ``plan_merge``.
         sample: rows of each mixture's input that it needs.
     """
+    allocation, router = options.allocation, options.router
     if allocation == "global" and router not in ("tied", "mapped"):
         raise UsageError(
             "--allocation global may leave a layer fewer experts than a token selects, which only a router that "
@@ -110,24 +109,14 @@ def plan_grouped(
         )
     draft = plan_merge(
         models,
-        experts=experts,
+        options,
         router=router,
-        params={"align": align, "router": router, **params},
+        params={"align": options.align, "router": router, **params},
         sample=sample,
         counts=counts,
     )
     waits = allocation == "global" and router != "tied" and counts is None
     return undecided(draft) if waits else draft
-
-
-class Grouped(Protocol):
-    """The options that a decision here reads."""
-
-    @property
-    def experts(self) -> int: ...
-
-    @property
-    def allocation(self) -> str: ...
 
 
 def decide(model: Model, options: Options, statistics: Statistics, seed: int) -> dict[str, Any]:

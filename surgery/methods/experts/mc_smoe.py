@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import UsageError
 from .._mixture import mixture
-from ..base import Draft, Exactness, MethodInfo, option, required
+from ..base import Draft, Exactness, MethodInfo, option
 from . import m_smoe
-from ._merge import ROUTER_HELP, ROUTERS, decided_counts, transform_merge
+from ._merge import decided_counts, transform_merge
 
 if TYPE_CHECKING:
     from ...architectures.model import Model
@@ -41,15 +41,9 @@ INFO = MethodInfo(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(m_smoe.Grouped):
     """What the user chooses."""
 
-    experts: int = required("experts to keep in every layer (on average, with --allocation global)")
-    router: str = option("keep", ROUTER_HELP, choices=ROUTERS)
-    align: str = option(
-        "weight", "permute neurons to match expert 0 before averaging", choices=("weight", "none")
-    )
-    allocation: str = option("uniform", m_smoe.ALLOCATION_HELP, choices=m_smoe.ALLOCATIONS)
     rank: int = option(32, "rank of the low-rank part; matrices of no larger rank stay whole")
     keep_rows: float = option(0.1, "share of the rows of a matrix that stay exact, from 0 to 1")
     refits: int = option(0, "rounds of choosing low-rank part and rows in turn")
@@ -76,10 +70,7 @@ def _plan(models: Sequence[Model], options: Options, counts: dict[int, int] | No
     factors = {"rank": options.rank, "keep_rows": options.keep_rows, "refits": options.refits}
     draft = m_smoe.plan_grouped(
         models,
-        experts=options.experts,
-        router=options.router,
-        align=options.align,
-        allocation=options.allocation,
+        options,
         counts=counts,
         params={"factors": factors},
     )

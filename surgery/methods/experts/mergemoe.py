@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...checkpoint.reader import TensorReader
 from ...errors import InputError, UsageError
-from ..base import Draft, MethodInfo, option, required
+from ..base import Draft, MethodInfo, option
 from ._groups import Grouping, from_members
 from ._merge import ROUTER_HELP, ROUTERS, plan_merge, transform_merge
 from ._reconstruct import ReconstructOptions, reconstruct_params
@@ -48,7 +48,6 @@ INFO = MethodInfo(
 class Options(ReconstructOptions):
     """What the user chooses."""
 
-    experts: int = required("experts to keep in every layer")
     router: str = option("keep", ROUTER_HELP, choices=ROUTERS)
     align: str = option(
         "none",
@@ -73,7 +72,7 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
     }
     return plan_merge(
         models,
-        experts=options.experts,
+        options,
         router=options.router,
         params={**params, **reconstruct_params(options)},
         sample=options.sample,

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...errors import InputError, UsageError
-from ..base import Draft, MethodInfo, option, required
+from ..base import Draft, MethodInfo, option
 from ._groups import Grouping, from_members
 from ._merge import ROUTER_HELP, ROUTERS, plan_merge, transform_merge
 from ._reconstruct import ReconstructOptions, reconstruct_params
@@ -51,7 +51,6 @@ INFO = MethodInfo(
 class Options(ReconstructOptions):
     """What the user chooses."""
 
-    experts: int = required("experts to keep in every layer")
     router: str = option("keep", ROUTER_HELP, choices=ROUTERS)
     group_size: int = option(
         16, "most members of a group, 0 for no limit (each expert joins its most similar centroid)"
@@ -74,7 +73,7 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
     sampled = options.reconstruct or options.align in ("both", "activation")
     draft = plan_merge(
         models,
-        experts=options.experts,
+        options,
         router=options.router,
         params={**params, **reconstruct_params(options)},
         sample=options.sample if sampled else 0,

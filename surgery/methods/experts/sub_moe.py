@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import InputError, UsageError
 from ...seeding import stream
-from ..base import Draft, MethodInfo, option, required
+from ..base import Draft, MethodInfo, option
 from ._groups import from_labels
 from ._merge import ROUTER_HELP, ROUTERS, decided_counts, plan_merge, transform_merge, undecided
 from ._reconstruct import ReconstructOptions, reconstruct_params
@@ -49,7 +49,6 @@ INFO = MethodInfo(
 class Options(ReconstructOptions):
     """What the user chooses."""
 
-    experts: int = required("experts to keep in every layer (on average, with --allocation global)")
     router: str = option("keep", ROUTER_HELP, choices=ROUTERS)
     metric: str = option(
         "euclidean", "distance between expert outputs", choices=("euclidean", "cosine")
@@ -85,7 +84,7 @@ def _plan(models: Sequence[Model], options: Options, counts: dict[int, int] | No
     params = {"router": options.router, "rank": options.rank}
     draft = plan_merge(
         models,
-        experts=options.experts,
+        options,
         router=options.router,
         params={**params, **reconstruct_params(options)},
         sample=options.sample if options.reconstruct else 0,
@@ -97,6 +96,7 @@ def _plan(models: Sequence[Model], options: Options, counts: dict[int, int] | No
 
 def decide(model: Model, options: Options, statistics: Statistics, seed: int) -> dict[str, Any]:
     """Groups of every layer, from inner products of expert outputs."""
+    from ...linalg.allocation import allocate
     from ...linalg.clustering import inertia, kmeans, points_from_gram
 
     layers = {layer.index: statistics.layer(layer.index) for layer in model.moe_layers}
@@ -110,11 +110,11 @@ def decide(model: Model, options: Options, statistics: Statistics, seed: int) ->
         curves = {}
         for index, rows in points.items():
             scale = max(inertia(rows, [0] * len(rows)), 1e-300)
-            curves[index] = [
-                inertia(rows, kmeans(rows, count, seed=seeds[index])) / scale
-                for count in range(1, len(rows) + 1)
-            ]
-        counts = allocate(curves, options.experts * len(layers), model.rule.top_k)
+            curves[index] = {
+                count: inertia(rows, kmeans(rows, count, seed=seeds[index])) / scale
+                for count in range(model.rule.top_k, len(rows) + 1)
+            }
+        counts = allocate(curves, options.experts * len(layers))
     decided = {}
     for index, found in layers.items():
         labels = kmeans(points[index], counts[index], seed=seeds[index])
@@ -125,33 +125,6 @@ def decide(model: Model, options: Options, statistics: Statistics, seed: int) ->
 
 
 transform = transform_merge
-
-
-def allocate(curves: dict[int, list[float]], total: int, least: int) -> dict[int, int]:
-    """Counts per layer with the smallest summed cost, exactly, by dynamic programming.
-
-    Args:
-        curves: for each layer the cost of keeping 1, 2, ... E experts.
-        total: experts to keep in all.
-        least: fewest in a layer.
-
-    Returns:
-        Count per layer; among equal costs the one that gives earlier layers fewer.
-    """
-    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
-    for curve in curves.values():
-        following: dict[int, tuple[float, tuple[int, ...]]] = {}
-        for used, (cost, chosen) in best.items():
-            for count in range(least, len(curve) + 1):
-                candidate = (cost + curve[count - 1], (*chosen, count))
-                if used + count <= total and candidate < following.get(
-                    used + count, (float("inf"), ())
-                ):
-                    following[used + count] = candidate
-        best = following
-    if total not in best:
-        raise InputError(f"no allocation of {total} experts gives every layer at least {least}")
-    return dict(zip(curves, best[total][1], strict=True))
 
 
 def _gram(layer: LayerStatistics, metric: str, index: int) -> NDArray[np.float64]:

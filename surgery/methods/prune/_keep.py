@@ -8,14 +8,12 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ...errors import InputError, UsageError
-from ...schedules import GRAMMAR, parse
+from ...errors import InputError
 
 if TYPE_CHECKING:
     from ...architectures.model import Model
     from ...calibration.statistics import Statistics
 
-SCHEDULE_HELP = f"experts to keep by layer, of which --experts is the most: {GRAMMAR}"
 SUPER_PERCENTILE = 99.5
 SUPER_SHARE = 0.1
 SUPER_DEPTH = 0.75
@@ -73,28 +71,6 @@ def check_counts(
             f"selects {top_k} experts from {groups.selected}",
             hint=f"use --experts {least} or more",
         )
-
-
-def keep_counts(model: Model, experts: int, schedule: str | None) -> dict[int, int]:
-    """How many experts each layer keeps.
-
-    Args:
-        experts: in every layer, or with a schedule the most.
-        schedule: numbers by layer (`surgery/schedules.py`).
-
-    Raises:
-        UsageError: a schedule that cannot be read, or whose largest number is another.
-    """
-    layers = [layer.index for layer in model.moe_layers]
-    if schedule is None:
-        return dict.fromkeys(layers, experts)
-    numbers = parse(schedule, len(layers), "--schedule")
-    if max(numbers) != experts:
-        raise UsageError(
-            f"--schedule {schedule}: keeps {max(numbers)} experts at most, --experts says {experts}",
-            hint="--experts is the largest number of the schedule",
-        )
-    return dict(zip(layers, numbers, strict=True))
 
 
 def members(experts: int, groups: int) -> list[range]:

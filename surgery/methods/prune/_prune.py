@@ -15,21 +15,21 @@ from typing import TYPE_CHECKING, Any
 
 from ...architectures.base import PROJECTIONS
 from ...checkpoint.region import Region
-from ...errors import InputError, MoesurgError
+from ...errors import InputError, MoesurgError, UsageError
 from ...plan import COPY_BUFFER, Unit
 from .._forms import Stored, pad, ragged, uniform
+from .._layers import layer_counts
 from .._mixture import mixture, one_mixture, prediction_notes, replaced
-from ..base import Draft, Exactness, option, required
+from ..base import Draft, Exactness
 from ..experts._function import activation, gates, require_plain, routed_output, stored
 from ..experts._reconstruct import (
     NewExpert,
-    ReconstructOptions,
     SolveOptions,
     reconstruct,
     reconstruct_memory,
     reconstruct_params,
 )
-from ._keep import SCHEDULE_HELP, check_counts, groups_of, keep_counts
+from ._keep import check_counts, groups_of
 
 if TYPE_CHECKING:
     import torch
@@ -37,14 +37,6 @@ if TYPE_CHECKING:
     from ...architectures.model import Experts, Layer, Model
     from ...execute import Work
     from ..experts._function import Activation
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CountOptions(ReconstructOptions):
-    """What the user chooses, of a method that sees no text unless it reconstructs."""
-
-    experts: int = required("experts to keep in every layer")
-    schedule: str | None = option(None, SCHEDULE_HELP, metavar="SCHEDULE")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,19 +79,17 @@ def plan_prune(
         InputError: not one MoE, or a count its router cannot work with.
     """
     model = one_mixture(models, "pruning", "prune")
-    schedule = getattr(options, "schedule", None)
-    if counts is None and schedule is not None:
-        counts = keep_counts(model, experts, schedule)
-        if len(set(counts.values())) == 1:
-            counts = None
+    if counts is None and options is not None:
+        counts = layer_counts(model, options)
     if counts is None:
         check_counts(
             model.experts, experts, model.rule.top_k, groups_of(model), where=str(model.folder)
         )
     solve = {} if options is None else reconstruct_params(options)
-    if solve:
+    sample = 0
+    if options is not None and (solve or options.budget == "global"):
         require_plain(model)
-    sample = options.sample if options is not None and solve else 0
+        sample = options.sample
     if solve:
         solve |= params or {}
     for layer in model.moe_layers:
@@ -133,8 +123,16 @@ def plan_prune(
     )
 
 
-def need_text(draft: Draft) -> Draft:
-    """The draft of a method that sees no text, which needs some where it reconstructs."""
+def need_text(draft: Draft, options: SolveOptions) -> Draft:
+    """The draft of a method that sees no text, which needs some where it reconstructs or measures.
+
+    Raises:
+        UsageError: it would go from layer to layer and see nothing there.
+    """
+    if options.sequential and not draft.sample:
+        raise UsageError(
+            "--sequential changes nothing for a method that sees no text", hint="add --reconstruct"
+        )
     return dataclasses.replace(draft, data="routed") if draft.sample else draft
 
 
@@ -159,7 +157,7 @@ def transform_prune(work: Work) -> dict[str, object]:
 def reconstructed(work: Work, change: Change | None = None) -> dict[str, object]:
     """Write a whole layer with down projections that give the original layer's output again.
 
-    The target is the original mixture on the sampled inputs, the coefficients are those of the router that the
+    The target is what the original mixture gives the sampled tokens, the coefficients are those of the router that the
     kept rows make; where nothing is changed before, the experts start as they were.
     """
     experts = mixture(work.model.layers[work.layer])
@@ -168,7 +166,9 @@ def reconstructed(work: Work, change: Change | None = None) -> dict[str, object]
     rows_ND, act = work.inputs(), activation(work.model)
     routing = [work.read(part) for part in experts.routing]
     before_NE = gates(work.model, rows_ND, routing)
-    target_ND = routed_output(work, experts, rows_ND, before_NE, act)
+    target_ND = work.targets()
+    if target_ND is None:
+        target_ND = routed_output(work, experts, rows_ND, before_NE, act)
     after_NS = gates(work.model, rows_ND, [values[kept] for values in routing])
     sampled = Sampled(rows_ND, before_NE, after_NS, act)
     found = []

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...errors import InputError
-from ..base import Draft, option, required
+from ..base import Draft, option
 from ..experts._reconstruct import ReconstructOptions
-from ._keep import SCHEDULE_HELP, groups_of, keep_counts, keep_list, super_experts
+from ._keep import groups_of, keep_list, super_experts
 from ._prune import plan_prune
 
 if TYPE_CHECKING:
@@ -56,10 +56,8 @@ SUMS = {
 class Options(ReconstructOptions):
     """What the user chooses."""
 
-    experts: int = required("experts to keep in every layer")
     protect: str = option("none", PROTECT_HELP, choices=PROTECT)
     unseen: str = option("prune", UNSEEN_HELP, choices=UNSEEN)
-    schedule: str | None = option(None, SCHEDULE_HELP, metavar="SCHEDULE")
 
 
 @dataclass(frozen=True)
@@ -135,7 +133,6 @@ def by_score(
             experts=options.experts,
             protect=options.protect,
             unseen=options.unseen,
-            schedule=options.schedule,
         )
 
     return decide
@@ -149,10 +146,8 @@ def decide_by_score(
     experts: int,
     protect: str,
     unseen: str,
-    schedule: str | None = None,
 ) -> dict[str, Any]:
     """Keep the experts with the highest scores in every layer. Uses no randomness."""
-    counts = keep_counts(model, experts, schedule)
     decided = {}
     for index, limits in constraints(model, statistics, protect, unseen).items():
         scores = [float(value) for value in score(statistics.layer(index))]
@@ -160,7 +155,7 @@ def decide_by_score(
         ranked = [float("-inf") if i in never else value for i, value in enumerate(scores)]
         kept = keep_list(
             ranked,
-            counts[index],
+            experts,
             groups=groups_of(model).count,
             forced=limits.forced,
             where=f"layer {index}",

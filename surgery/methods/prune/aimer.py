@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 from ...architectures.base import PROJECTIONS
 from .._mixture import mixture
 from ..base import Draft, MethodInfo
-from ._keep import groups_of, keep_counts, keep_list
-from ._prune import CountOptions as Options
+from ..experts._reconstruct import ReconstructOptions as Options
+from ._keep import groups_of, keep_list
 from ._prune import need_text, plan_prune, transform_prune
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ INFO = MethodInfo(
 
 def plan(models: Sequence[Model], options: Options) -> Draft:
     """A checkpoint with ``options.experts`` of the experts of every layer."""
-    return need_text(plan_prune(models, options.experts, options))
+    return need_text(plan_prune(models, options.experts, options), options)
 
 
 def decide_from_weights(
@@ -53,12 +53,11 @@ def decide_from_weights(
     everyone = [(layer, expert) for layer in model.moe_layers for expert in range(model.experts)]
     for layer, expert in weights.track(everyone):
         scores[layer.index].append(_score(weights, mixture(layer), expert))
-    counts = keep_counts(model, options.experts, options.schedule)
     decided = {}
     for index, found in scores.items():
         kept = keep_list(
             [-score for score in found],
-            counts[index],
+            options.experts,
             groups=groups_of(model).count,
             where=f"layer {index}",
         )

@@ -36,7 +36,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...errors import UsageError
-from ..base import Draft, MethodInfo, option, required
+from ..base import Draft, MethodInfo, option
 from ..experts._function import hidden
 from ..experts._reconstruct import NewExpert, SolveOptions
 from ._prune import plan_prune, reconstructed, transform_prune
@@ -63,7 +63,6 @@ INFO = MethodInfo(
 class Options(SolveOptions):
     """What the user chooses."""
 
-    experts: int = required("experts to keep in every layer")
     fraction: float = option(
         0.5, "largest share of a kept expert's neurons that is replaced, from 0 to 1"
     )

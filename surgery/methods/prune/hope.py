@@ -32,7 +32,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from ...errors import InputError
-from ..base import Draft, MethodInfo, option, required
+from ..base import Draft, MethodInfo, option
 from ..experts._reconstruct import ReconstructOptions
 from ._keep import candidates, count_subsets, groups_of, subsets
 from ._prune import plan_prune, transform_prune
@@ -66,7 +66,6 @@ ROUNDING = 1e-12
 class Options(ReconstructOptions):
     """What the user chooses."""
 
-    experts: int = required("experts to keep in every layer")
     mean: str = option(
         "shared",
         "what activations of a pair are averaged over: tokens that select both (the paper's), or all tokens",

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 from ...architectures.routing import route
 from ...errors import InputError, UsageError
 from .._mixture import mixture
-from ..base import Draft, MethodInfo, option, required
+from ..base import Draft, MethodInfo, option
 from ..experts._function import require_plain
 from ..experts._reconstruct import ReconstructOptions
 from ._keep import candidates, groups_of, subsets
@@ -68,7 +68,6 @@ ROUNDING = 1e-12
 class Options(ReconstructOptions):
     """What the user chooses."""
 
-    experts: int = required("experts to keep in every layer")
     samples: int = option(
         1024, "inputs of each mixture to compare outputs on, evenly spread over the text"
     )

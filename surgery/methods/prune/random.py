@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from ...seeding import stream
 from ..base import Draft, MethodInfo
-from ._keep import groups_of, keep_counts, keep_list
-from ._prune import CountOptions as Options
+from ..experts._reconstruct import ReconstructOptions as Options
+from ._keep import groups_of, keep_list
 from ._prune import need_text, plan_prune, transform_prune
 
 if TYPE_CHECKING:
@@ -33,19 +33,18 @@ INFO = MethodInfo(
 
 def plan(models: Sequence[Model], options: Options) -> Draft:
     """A checkpoint with ``options.experts`` of the experts of every layer."""
-    return need_text(plan_prune(models, options.experts, options))
+    return need_text(plan_prune(models, options.experts, options), options)
 
 
 def decide_from_weights(
     model: Model, options: Options, statistics: Statistics | None, weights: Weights, seed: int
 ) -> dict[str, Any]:
     """The experts with the highest of uniformly drawn scores."""
-    counts = keep_counts(model, options.experts, options.schedule)
     decided = {}
     for layer in model.moe_layers:
         scores = [float(x) for x in stream(seed, "random", layer.index).random(model.experts)]
         kept = keep_list(
-            scores, counts[layer.index], groups=groups_of(model).count, where=f"layer {layer.index}"
+            scores, options.experts, groups=groups_of(model).count, where=f"layer {layer.index}"
         )
         decided[str(layer.index)] = {"kept": kept, "scores": scores}
     return decided

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...errors import UsageError
-from ..base import Draft, MethodInfo, option, required
+from ..base import Draft, MethodInfo, option
 from ..experts._reconstruct import ReconstructOptions
 from ._prune import plan_prune, transform_prune
 from ._saliency import PROTECT, PROTECT_HELP, UNSEEN, UNSEEN_HELP, decide_by_score, saliency
@@ -39,7 +39,6 @@ INFO = MethodInfo(
 class Options(ReconstructOptions):
     """What the user chooses."""
 
-    experts: int = required("experts to keep in every layer")
     power: int = option(1, "power of the weighted norm, 1 or 2", metavar="P")
     protect: str = option("none", PROTECT_HELP, choices=PROTECT)
     unseen: str = option("prune", UNSEEN_HELP, choices=UNSEEN)
