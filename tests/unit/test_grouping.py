@@ -141,5 +141,5 @@ def test_allocation_is_the_optimum_of_all_allocations() -> None:
 
 
 def test_an_impossible_allocation_is_refused() -> None:
-    with pytest.raises(InputError, match="no allocation of 3"):
+    with pytest.raises(InputError, match="adds up to 3"):
         allocate({0: {2: 0.5}, 1: {2: 0.5}}, 3)

@@ -133,7 +133,13 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
     )
     if options.cluster == "ream":
         check_size(models[0], options.experts, _size(options))
-    return dataclasses.replace(draft, data=need(options, sampled))
+    data = need(options, sampled or options.budget == "global")
+    if options.sequential and data == "none":
+        raise UsageError(
+            "--sequential changes nothing where these choices need no text",
+            hint="add --reconstruct",
+        )
+    return dataclasses.replace(draft, data=data)
 
 
 def need(options: Options, sampled: bool) -> DataNeed:
