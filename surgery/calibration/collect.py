@@ -272,7 +272,7 @@ def collect(
         mode: ``routed`` computes selected experts only; ``all`` also every expert on every token,
             which output similarities need.
         inputs: keep this many rows of each mixture's input, evenly spread over the text, the same
-            tokens in all layers.
+            tokens in all layers, and the squared norm of each one's hidden state after the layer.
         gram: keep the Gram matrix of each mixture's inputs.
         trace: keep which experts every token selects.
         max_memory, scratch: of the hidden states, see :class:`LayerStream`.
@@ -300,6 +300,11 @@ def collect(
                 collector.attach(step.module)
                 step.advance(collector.begin)
                 collected.tensors.update(collector.tensors(sequences))
+                if inputs:
+                    after_ND = run.states.packed_TD[torch.from_numpy(sampled)]
+                    collected.tensors[f"energies.{step.index}"] = (
+                        after_ND.double().square().sum(-1).numpy()
+                    )
             if progress is not None:
                 progress("layer", step.index + 1, last + 1)
             if step.index == last:  # what follows has no experts

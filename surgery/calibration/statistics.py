@@ -196,6 +196,15 @@ class Statistics:
             raise InputError(f"{self.folder / TENSOR_FILE}: {name!r} has shape {list(shape)}")
         return shape[0], shape[1]
 
+    def energies(self, layer: int) -> NDArray[np.float64]:
+        """Squared norms of the hidden states after a layer of the tokens of :meth:`inputs`, [N].
+
+        Raises:
+            InputError: calibration kept none.
+        """
+        (found,) = self._optional(f"energies.{layer}", flag="--inputs N and this version")
+        return found
+
     def targets(self, layer: int) -> NDArray[np.float32] | None:
         """The original mixture's outputs for the tokens of :meth:`inputs` [N, D], None where those are its inputs."""
         info = self._tensors.get(f"targets.{layer}")

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 SCHEDULE_HELP = f"experts to keep by layer, of which --experts is the most: {GRAMMAR}"
 BUDGET_HELP = (
-    "uniform: --experts in every layer; global: as many in all, given to the layers so that the summed relative "
-    "squared errors of their outputs, measured on the sampled inputs for every number, are smallest"
+    "uniform: --experts in every layer; global: as many in all, given to the layers so that the summed squared errors "
+    "relative to the hidden states, measured on the sampled inputs for every number, are smallest"
 )
 STEP_HELP = "numbers of experts that --budget global tries lie so far apart (default: a sixteenth of the experts)"
 SAMPLE_HELP = "rows of each mixture's input to sample, where the method uses any"

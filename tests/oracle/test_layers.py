@@ -88,6 +88,26 @@ def test_each_layer_sees_the_layers_before_it_as_they_are_written(
         hybrid.model.layers[layer] = new.model.layers[layer]
 
 
+def test_energies_are_those_of_the_stock_hidden_states(
+    checkpoint: Checkpoint, sampled: Sampler
+) -> None:
+    source = checkpoint("qwen3_moe")
+    statistics = Statistics.open(sampled(source))
+    _, tokens = statistics.inputs(0)
+    model, seen = stock(source), {}
+    for index, layer in enumerate(model.model.layers):
+        layer.register_forward_hook(
+            lambda _, args, output, index=index: seen.update({index: output[0]})
+        )
+    with torch.no_grad():
+        model(input_ids=torch.from_numpy(tokens[:64].copy())[None])
+    for index, states in seen.items():
+        found = torch.from_numpy(statistics.energies(index)[:64].copy())
+        torch.testing.assert_close(
+            found, states.reshape(64, -1).double().square().sum(-1), rtol=1e-5, atol=1e-4
+        )
+
+
 def test_later_layers_are_decided_on_what_reaches_them(
     checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
@@ -171,13 +191,15 @@ def test_costs_are_the_stock_layers_errors_and_the_numbers_their_best(
         for layer, found in decided.items()
     }
     original = stock(source)
+    energies = [Statistics.open(given["calibration"]).energies(layer) for layer in range(3)]
     for count in (2, 4, 8):
         operate(command, method, source, tmp_path / str(count), **given, experts=count)
         tried = stock(tmp_path / str(count))
         for layer in range(3):
             rows = rows_of(given["calibration"], layer)
             wanted = block(original, layer, rows)
-            error = float((block(tried, layer, rows) - wanted).norm() / wanted.norm()) ** 2
+            lost = (block(tried, layer, rows) - wanted).square().sum(1)
+            error = float((lost / torch.from_numpy(energies[layer].copy())).mean())
             assert costs[str(layer)][count] == pytest.approx(error, rel=1e-3, abs=1e-9)
     chosen = {layer: found["experts"] for layer, found in decided.items()}
     assert sum(chosen.values()) == 12
