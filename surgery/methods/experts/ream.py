@@ -16,8 +16,8 @@ REAM (arXiv:2604.04356), in every layer:
    principal components of the weights, here it is all of them.)
 6. E_c = sum of S_i E_i / sum of S_i over the group; the router keeps the centroids' rows.
 
-Not sequential: the paper recomputes each layer's statistics behind the layers already merged; here all layers use
-those of the original model.
+The paper recomputes each layer's statistics behind the layers already merged: that is ``--sequential``. Without it all
+layers use those of the original model, which one calibration serves for any number of merges.
 """
 
 from __future__ import annotations
