@@ -37,13 +37,16 @@ def relative_error(found: Factors, target: Factors) -> float:
     return difference / size
 
 
-def rounding_error(found: Factors, rounded: Factors) -> float:
+def rounding_error(found: Factors, rounded: Factors, size: float | None = None) -> float:
     """‖rounded - found‖ / ‖found‖ of factors that differ by a cast alone; 0 if found is zero.
 
     B A - B' A' = (B - B') A + B' (A - A'), in which nothing large cancels. So the difference's norm is taken from
     Gram matrices in float32, to six digits, of factors that are scaled to 1.
+
+    Args:
+        size: ‖found‖ where it is known.
     """
-    size = norm(found)
+    size = norm(found) if size is None else size
     down, up = found[0], rounded[1]
     lost_down, lost_up = found[0] - rounded[0], found[1] - rounded[1]
     peaks = [float(part.abs().max()) for part in (down, lost_up, lost_down, up)]

@@ -81,26 +81,30 @@ def _elect(
     weights: Sequence[float],
     normalize: bool,
 ) -> int:
-    """Write one piece of `elected`; returns its conflicts."""
+    """Write one piece of `elected`; returns its conflicts.
+
+    All in floating arithmetic on a piece: comparisons and selections take up to a hundred times as long.
+    """
     total = weighted_sum(changes, weights)
-    sign = torch.where(total >= 0, 1.0, -1.0).to(total.dtype)
-    merged, mass = torch.zeros_like(total), torch.zeros_like(total)
-    opposed = torch.zeros_like(total, dtype=torch.bool)
+    # The sign, and plus for zero.
+    sign = total.sign_().add_(0.5).sign_()
+    merged, mass, lowest = (torch.zeros_like(sign) for _ in range(3))
     for change, weight in zip(changes, weights, strict=True):
         if not weight:
             continue
         # The change in the direction of the elected sign; what points the other way is cut off at zero.
         along = (change * sign).mul_(weight)
-        opposed |= along < 0
+        torch.minimum(lowest, along, out=lowest)
         along.clamp_(min=0)
         merged.add_(along)
         if normalize:
-            mass.add_(along > 0, alpha=abs(weight))
-    opposed &= merged > 0
+            mass.add_(along.sign_(), alpha=abs(weight))
+    opposed = lowest.sign_().mul_(torch.sign(merged)).sum(dtype=torch.float64)
     if normalize:
-        merged.div_(mass.masked_fill_(mass == 0, 1.0))
+        # Where nothing agrees there is nothing to divide, and the smallest weight does as well as any.
+        merged.div_(mass.clamp_(min=min((abs(w) for w in weights if w), default=1.0)))
     torch.mul(merged, sign, out=target)
-    return int(opposed.sum())
+    return int(-opposed)
 
 
 def keep_probabilities(change: torch.Tensor, density: float, window: float) -> torch.Tensor:

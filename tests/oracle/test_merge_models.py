@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from moesurg.surgery.architectures.model import Model
 from moesurg.surgery.calibration.gram_folder import Grams
 from moesurg.surgery.errors import InputError, UsageError
 from moesurg.surgery.methods.models import _merge
@@ -96,6 +97,36 @@ def test_ties_trims_elects_and_averages(folders: list[Path], tmp_path: Path) -> 
 
     found = merge("ties", folders, tmp_path / "out", density=0.3, weights="1,3", scale=0.7)
     check(found, wanted)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_ties_trims_whole_models(dtype: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """As the paper has it; changes of bfloat16 are coarse, so that many equal the last one that is kept."""
+    folders = [checkpoint("llama", seed=seed, dtype=dtype) for seed in range(3)]
+    base, *tuned = (tensors(folder) for folder in folders)
+
+    def layer(name: str) -> int:
+        return int(name.split(".")[2]) if name.startswith("model.layers.") else -1
+
+    # Tensors outside layers come first, in the order of the architecture.
+    names = sorted(Model.open(folders[0]).names(), key=layer)
+    kept: list[Tensors] = []
+    for one in tuned:
+        whole = torch.cat([(flat(one, n) - flat(base, n)).reshape(-1) for n in names])
+        left = whole * keep(whole, 0.3)
+        parts = left.split([base[n].numel() for n in names])
+        kept.append({n: part.reshape(base[n].shape) for n, part in zip(names, parts, strict=True)})
+
+    def wanted(name: str) -> torch.Tensor:
+        stack = torch.stack([one[name] for one in kept])
+        agree = stack.sign() == torch.where(stack.sum(0) >= 0, 1.0, -1.0)
+        return flat(base, name) + (stack * agree).sum(0) / agree.sum(0).clamp_min(1)
+
+    found = merge("ties", folders, tmp_path / "out", density=0.3, trim="model")
+    check(found, wanted, 2e-7 if dtype == "float32" else 5e-3)
+    if dtype == "bfloat16":
+        changed = sum(int((found[n] != base[n]).sum()) for n in names)
+        assert changed == sum(int((wanted(n).bfloat16() != base[n]).sum()) for n in names)
 
 
 def test_breadcrumbs_keep_the_middle(folders: list[Path], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -25,7 +26,9 @@ def gram(*tensors: torch.Tensor) -> torch.Tensor:
 
 
 @given(
-    st.lists(st.sampled_from([0.0, 0.5, 1.0, 1.0000001, 1e-30, 7.0]), min_size=1, max_size=40),
+    st.lists(
+        st.sampled_from([0.0, 0.5, 1.0, 1.0000001, 1e-30, 7.0, -0.5, -1.0]), min_size=1, max_size=40
+    ),
     st.integers(0, 41),
     st.integers(1, 7),
 )
@@ -37,8 +40,11 @@ def test_the_k_largest_are_those_of_a_stable_sort(values: list[float], k: int, s
     taking = Taking(cut)
     found = torch.cat([taking.mask(block) for block in whole.split(size)])
     wanted = torch.zeros(len(values), dtype=torch.bool)
-    wanted[whole.argsort(descending=True, stable=True)[:k]] = True
+    wanted[whole.abs().argsort(descending=True, stable=True)[:k]] = True
     assert torch.equal(found, wanted)
+    taking = Taking(cut)
+    trimmed = torch.cat([taking.trim_(block.clone()) for block in whole.split(size)])
+    assert torch.equal(trimmed, whole * wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -49,6 +55,34 @@ def test_blocks_do_not_change_what_is_selected(dtype: torch.dtype) -> None:
     many = torch.cat([taking.mask(block) for block in whole.split(7)])
     assert torch.equal(one, many)
     assert int(one.sum()) == 777
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("k", [1, 20_000, 99_999])
+@pytest.mark.parametrize("case", ["continuous", "coarse", "misleading"])
+def test_large_tensors_are_cut_in_one_pass_or_three(case: str, k: int, dtype: torch.dtype) -> None:
+    """A sample that says nothing of the other blocks costs time, not exactness."""
+    whole = randn(100_000).to(dtype)
+    if case == "coarse":
+        whole = whole.bfloat16().to(dtype)
+    elif case == "misleading":
+        whole[:30_000] *= 1e-3
+    blocks = whole.split(30_000)
+    looked = []
+
+    def given() -> Iterator[torch.Tensor]:
+        looked.append(0)
+        return iter(blocks)
+
+    taking = Taking(kth_largest(given, len(whole), k))
+    found = torch.cat([taking.trim_(block.clone()) for block in blocks])
+    wanted = torch.zeros(len(whole), dtype=torch.bool)
+    wanted[whole.abs().argsort(descending=True, stable=True)[:k]] = True
+    assert torch.equal(found, whole * wanted)
+    if case != "misleading":
+        assert len(looked) == 2  # the sample and the one pass
+    elif k == 20_000:
+        assert len(looked) == 4
 
 
 def test_signs_are_elected_by_weight_and_agreement_is_averaged() -> None:

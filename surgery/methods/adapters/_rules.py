@@ -118,11 +118,13 @@ def apply(
 
 def trim(change: torch.Tensor, density: float) -> torch.Tensor:
     """Only the largest floor(density * elements), ties by position."""
+    import torch
+
     from ...linalg.selection import Taking, kth_largest
 
-    sizes = change.abs()
-    cut = kth_largest(lambda: iter([sizes]), sizes.numel(), int(density * sizes.numel() + 1e-9))
-    return change * Taking(cut).mask(sizes)
+    count = change.numel()
+    cut = kth_largest(lambda: iter([change]), count, int(density * count + 1e-9))
+    return Taking(cut).trim_(change.clone(memory_format=torch.contiguous_format))
 
 
 def dense(

@@ -107,10 +107,10 @@ def save(
     found: dict[str, object] = {
         "rank": rank,
         "error": error,
-        # Where the merge loses nothing, the cast is all there is, and is measured without cancellation.
+        # Where the merge loses nothing, it has the sum's norm, and what the cast loses is all there is.
         "stored_error": factors.relative_error(rounded, total)
         if error > 1e-12
-        else factors.rounding_error((down_ERN, up_EMR), rounded),
+        else factors.rounding_error((down_ERN, up_EMR), rounded, loaded.stack.norm),
         "effective_rank": loaded.stack.effective_rank()
         if exact
         else factors.effective_rank(down_ERN, up_EMR),

@@ -1,15 +1,12 @@
-"""What all ways of merging models share: are they alike, the planned output, blocks of a tensor, weights.
+"""What all ways of merging models share: are they alike, the planned output, weights.
 
-A unit is a tensor, or all matrices of one expert where a rule looks at matrices. A tensor is read in blocks of
-rows, once or, where the rule has to know something of the whole tensor first, several times, so that a unit's
-memory is that of a block. Sums are in float64 where a source stores 32 bits or more, in float32 otherwise, and are
-rounded once.
+A unit is a tensor, or all matrices of one expert where a rule looks at matrices; what it does is in `_blocks`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ...checkpoint.dtypes import FLOATING
@@ -22,11 +19,7 @@ from .._alike import same_settings, same_tensors
 from ..base import Draft, Exactness, option
 
 if TYPE_CHECKING:
-    import torch
-
     from ...architectures.model import Layer, Model
-    from ...execute import Work
-    from ...linalg.selection import Cut
 
 BLOCK = 1 << 20
 """Elements of each source that are held at a time."""
@@ -146,7 +139,7 @@ def plan_merge(
         matrices: for methods that need whole matrices: whether a tensor of two dimensions is one to them.
     """
     first = models[0]
-    names = [n for n in first.names() if not (first.config.tied and n == first.family.head)]
+    names = names_of(first)
     specs: list[TensorSpec] = []
     units: list[Unit] = []
     done: set[str] = set()
@@ -191,6 +184,39 @@ def plan_merge(
     return Draft(config, specs, units, exactness, notes=list(notes))
 
 
+def plan_changes(
+    models: Sequence[Model], options: ChangeOptions, *, what: str, tensors: int = 4
+) -> Draft:
+    """The plan of a rule on changes that keeps a share ``density`` of them: base plus merged changes.
+
+    Every option is a parameter of the units.
+
+    Args:
+        what: is done with the changes, for the promise about the output.
+        tensors: copies of a block beside two of every source's.
+
+    Raises:
+        InputError: models that are not alike.
+        UsageError: an option out of range.
+    """
+    notes = check(models, least=2, based=True)
+    params = asdict(options)
+    check_share("density", params["density"])
+    params["weights"] = parse_weights(options.weights, len(models) - 1)
+    return plan_merge(
+        models,
+        params,
+        exactness=Exactness("approximate", f"changes of fine-tunes are {what}"),
+        notes=notes,
+        tensors=2 * len(models) + tensors,
+    )
+
+
+def names_of(model: Model) -> list[str]:
+    """The tensors of the output: a head that is tied is not stored."""
+    return [n for n in model.names() if not (model.config.tied and n == model.family.head)]
+
+
 def blocks_of(whole: Region) -> tuple[Region, ...]:
     """A tensor cut into runs of whole rows."""
     rows = whole.shape[0] if whole.shape else 1
@@ -219,119 +245,3 @@ def _expert_units(layer: Layer, sources: int, params: Mapping[str, Any], held: i
             )
         )
     return units
-
-
-@dataclass(frozen=True)
-class Block:
-    """One run of rows of a tensor.
-
-    Attributes:
-        index: which.
-        target: what it writes.
-        base: the first source's values, where the method has a base.
-        tensors: the changes from the base, or the values themselves; one a model.
-    """
-
-    index: int
-    target: Region
-    base: torch.Tensor | None
-    tensors: list[torch.Tensor]
-
-
-class Blocks:
-    """The blocks of a unit's tensor. Every loop reads them anew; a single block is kept."""
-
-    def __init__(self, work: Work, *, based: bool) -> None:
-        import torch
-
-        self._work, self._based = work, based
-        stored = {model.dtype(work.unit.writes[0].tensor) for model in work.models}
-        self.dtype = torch.float64 if stored & {"F32", "F64"} else torch.float32
-        self._kept: Block | None = None
-
-    def __iter__(self) -> Iterator[Block]:
-        regions = self._work.unit.writes
-        for index, region in enumerate(regions):
-            yield self._kept or self._read(index, region, keep=len(regions) == 1)
-
-    def values(
-        self, function: Callable[[Block], torch.Tensor]
-    ) -> Callable[[], Iterator[torch.Tensor]]:
-        """A function of every block, computed anew whenever it is looped over."""
-        return lambda: (function(block) for block in self)
-
-    def changes(self, source: int) -> Iterator[torch.Tensor]:
-        """The blocks of one source's change; the others are not read."""
-        regions = self._work.unit.writes
-        if len(regions) == 1:
-            yield next(iter(self)).tensors[source]
-            return
-        for region in regions:
-            base, tuned = (
-                self._work.read(replace(region, source=index)).to(self.dtype)
-                for index in (0, source + 1)
-            )
-            yield tuned.sub_(base)
-
-    @property
-    def count(self) -> int:
-        """Elements of the tensor."""
-        return sum(region.count for region in self._work.unit.writes)
-
-    def read(self, region: Region) -> list[torch.Tensor]:
-        """A region of every source."""
-        return [
-            self._work.read(replace(region, source=source)).to(self.dtype)
-            for source in range(len(self._work.models))
-        ]
-
-    def _read(self, index: int, region: Region, *, keep: bool) -> Block:
-        found = self.read(region)
-        base = found.pop(0) if self._based else None
-        if base is not None:
-            found = [
-                tensor.sub_(base) if tensor.dtype == self.dtype else tensor for tensor in found
-            ]
-        block = Block(index, region, base, found)
-        if keep:
-            self._kept = block
-        return block
-
-
-def gram(blocks: Blocks) -> torch.Tensor:
-    """Inner products of the sources' tensors (or changes), [T, T] float64."""
-    import torch
-
-    total: torch.Tensor | None = None
-    for block in blocks:
-        flat = torch.stack([tensor.reshape(-1) for tensor in block.tensors]).double()
-        total = flat @ flat.T if total is None else total + flat @ flat.T
-    if total is None:
-        raise InputError("a tensor without elements cannot be merged")
-    return total
-
-
-def largest(blocks: Blocks, sources: int, count: int) -> list[Cut]:
-    """Where the ``count`` largest magnitudes of each source end."""
-    from ...linalg.selection import kth_largest
-
-    def magnitudes(source: int) -> Callable[[], Iterator[torch.Tensor]]:
-        return lambda: (change.abs() for change in blocks.changes(source))
-
-    return [kth_largest(magnitudes(source), blocks.count, count) for source in range(sources)]
-
-
-def combine(work: Work, blocks: Blocks, coefficients: Sequence[float], scale: float = 1.0) -> None:
-    """Write the combination of the sources, or the base and the combination of the changes."""
-    from ...linalg.merge_rules import weighted_sum
-
-    scaled = [coefficient * scale for coefficient in coefficients]
-    for block in blocks:
-        put(work, block, weighted_sum(block.tensors, scaled))
-
-
-def put(work: Work, block: Block, merged: torch.Tensor, scale: float = 1.0) -> None:
-    """Write a block: the merged tensor, or base plus scale times the merged change."""
-    if block.base is not None:
-        merged = block.base.add(merged, alpha=scale)
-    work.write(block.target, merged)

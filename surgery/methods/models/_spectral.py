@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..base import Draft, Exactness, option
+from . import _blocks as reading
 from . import _merge as common
 
 if TYPE_CHECKING:
@@ -50,9 +51,9 @@ def plan(models: Sequence[Model], options: SpectralOptions, params: Mapping[str,
 def merge(work: Work, rule: Merge) -> dict[str, object]:
     """Write a unit: matrices by the rule, other tensors by the mean of the weighted changes."""
     weights, scale = work.params["weights"], work.params["scale"]
-    blocks = common.Blocks(work, based=True)
+    blocks = reading.Blocks(work, based=True)
     if not work.params["matrix"]:
-        common.combine(work, blocks, [weight / len(weights) for weight in weights], scale)
+        reading.combine(work, blocks, [weight / len(weights) for weight in weights], scale)
         return {}
     metrics: dict[str, object] = {}
     for region in work.unit.writes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from . import _merge as common
+from . import _blocks as reading
 
 if TYPE_CHECKING:
     import torch
@@ -24,10 +24,10 @@ def merge(
     """
     from ...linalg.merge_rules import elected, weighted_sum
 
-    params, blocks = work.params, common.Blocks(work, based=True)
+    params, blocks = work.params, reading.Blocks(work, based=True)
     count = len(params["weights"])
 
-    def thin(block: common.Block) -> list[torch.Tensor]:
+    def thin(block: reading.Block) -> list[torch.Tensor]:
         found = []
         for source, change in enumerate(block.tensors):
             likely = probability(change)
@@ -50,14 +50,14 @@ def merge(
         if params["elect"]:
             found = elected(left, weights)
             conflicts += found.conflicts
-            common.put(work, block, found.merged, params["scale"])
+            reading.put(work, block, found.merged, params["scale"])
         else:
-            common.put(work, block, weighted_sum(left, weights), params["scale"])
+            reading.put(work, block, weighted_sum(left, weights), params["scale"])
     return {"conflicts": conflicts / max(1, blocks.count)} if params["elect"] else {}
 
 
 def _kept(
-    work: Work, block: common.Block, source: int, likely: torch.Tensor | float
+    work: Work, block: reading.Block, source: int, likely: torch.Tensor | float
 ) -> torch.Tensor:
     """The mask of one block of one source: the same on every pass."""
     import numpy as np

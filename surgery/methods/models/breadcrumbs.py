@@ -18,7 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..base import Draft, Exactness, MethodInfo, option
+from ..base import Draft, MethodInfo, option
+from . import _blocks as reading
 from . import _merge as common
 
 if TYPE_CHECKING:
@@ -49,23 +50,8 @@ class Options(common.ChangeOptions):
 
 def plan(models: Sequence[Model], options: Options) -> Draft:
     """Every tensor as base plus the middle of the changes."""
-    notes = common.check(models, least=2, based=True)
-    common.check_share("density", options.density)
     common.check_share("gamma", options.gamma, zero=True)
-    return common.plan_merge(
-        models,
-        {
-            "weights": common.parse_weights(options.weights, len(models) - 1),
-            "scale": options.scale,
-            "density": options.density,
-            "gamma": options.gamma,
-            "elect": options.elect,
-            "normalize": options.normalize,
-        },
-        exactness=Exactness("approximate", "changes of fine-tunes are trimmed and combined"),
-        notes=notes,
-        tensors=2 * len(models) + 4,
-    )
+    return common.plan_changes(models, options, what="trimmed and combined")
 
 
 def transform(work: Work) -> dict[str, object]:
@@ -73,22 +59,22 @@ def transform(work: Work) -> dict[str, object]:
     from ...linalg.merge_rules import elected, weighted_sum
     from ...linalg.selection import Taking
 
-    params, blocks = work.params, common.Blocks(work, based=True)
+    params, blocks = work.params, reading.Blocks(work, based=True)
     weights = params["weights"]
     kept = int(params["density"] * blocks.count)
     outliers = min(int(params["gamma"] * blocks.count), blocks.count - kept)
     both = [
-        [Taking(cut) for cut in common.largest(blocks, len(weights), count)]
-        for count in (outliers, outliers + kept)
+        [Taking(cut) for cut in cuts]
+        for cuts in reading.largest(blocks, len(weights), [outliers, outliers + kept])
     ]
     for block in blocks:
         left = []
         for change, top, all_of_them in zip(block.tensors, *both, strict=True):
-            size = change.abs()
-            left.append(change * (all_of_them.mask(size) & ~top.mask(size)))
+            outside = top.mask(change)
+            left.append(all_of_them.trim_(change).mul_(~outside))
         if params["elect"]:
             merged = elected(left, weights, normalize=params["normalize"]).merged
         else:
             merged = weighted_sum(left, weights)
-        common.put(work, block, merged, params["scale"])
+        reading.put(work, block, merged, params["scale"])
     return {}

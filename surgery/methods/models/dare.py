@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..base import Draft, Exactness, MethodInfo, option
+from ..base import Draft, MethodInfo, option
 from . import _merge as common
 from . import _thinned as thinned
 
@@ -49,21 +49,7 @@ class Options(common.ChangeOptions):
 
 def plan(models: Sequence[Model], options: Options) -> Draft:
     """Every tensor as base plus thinned changes."""
-    notes = common.check(models, least=2, based=True)
-    common.check_share("density", options.density)
-    return common.plan_merge(
-        models,
-        {
-            "weights": common.parse_weights(options.weights, len(models) - 1),
-            "scale": options.scale,
-            "density": options.density,
-            "rescale": options.rescale,
-            "elect": options.elect,
-        },
-        exactness=Exactness("approximate", "changes of fine-tunes are dropped at random"),
-        notes=notes,
-        tensors=2 * len(models) + 4,
-    )
+    return common.plan_changes(models, options, what="dropped at random")
 
 
 def transform(work: Work) -> dict[str, object]:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ...errors import UsageError
-from ..base import Draft, Exactness, MethodInfo, option
+from ..base import Draft, MethodInfo, option
 from . import _merge as common
 from . import _thinned as thinned
 
@@ -56,28 +56,13 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
     Raises:
         UsageError: probabilities outside 0 to 1.
     """
-    notes = common.check(models, least=2, based=True)
-    common.check_share("density", options.density)
     half = options.window / 2
     if half < 0 or options.density - half <= 0 or options.density + half > 1:
         raise UsageError(
             f"--density {options.density} and --window {options.window} give probabilities from "
             f"{options.density - half:g} to {options.density + half:g}, which should lie above 0 and up to 1"
         )
-    return common.plan_merge(
-        models,
-        {
-            "weights": common.parse_weights(options.weights, len(models) - 1),
-            "scale": options.scale,
-            "density": options.density,
-            "window": options.window,
-            "rescale": options.rescale,
-            "elect": options.elect,
-        },
-        exactness=Exactness("approximate", "changes of fine-tunes are dropped at random"),
-        notes=notes,
-        tensors=2 * len(models) + 8,
-    )
+    return common.plan_changes(models, options, what="dropped at random", tensors=8)
 
 
 def transform(work: Work) -> dict[str, object]:

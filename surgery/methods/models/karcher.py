@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from ...errors import UsageError
 from ..base import Draft, Exactness, MethodInfo
+from . import _blocks as reading
 from . import _merge as common
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def transform(work: Work) -> dict[str, object]:
     """Write one tensor."""
     from ...linalg.merge_rules import karcher_coefficients, normalised
 
-    blocks = common.Blocks(work, based=False)
-    products = common.gram(blocks)
-    common.combine(work, blocks, karcher_coefficients(products, work.params["weights"]))
+    blocks = reading.Blocks(work, based=False)
+    products = reading.gram(blocks)
+    reading.combine(work, blocks, karcher_coefficients(products, work.params["weights"]))
     return {"smallest_cosine": float(normalised(products).min())}

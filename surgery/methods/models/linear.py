@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from ... import sweep
 from ..base import Draft, Exactness, MethodInfo, option
+from . import _blocks as reading
 from . import _merge as common
 
 if TYPE_CHECKING:
@@ -58,5 +59,5 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
 
 def transform(work: Work) -> dict[str, object]:
     """Write one tensor."""
-    common.combine(work, common.Blocks(work, based=False), work.params["weights"])
+    reading.combine(work, reading.Blocks(work, based=False), work.params["weights"])
     return {}

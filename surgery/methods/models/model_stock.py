@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..base import Draft, Exactness, MethodInfo
+from . import _blocks as reading
 from . import _merge as common
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def transform(work: Work) -> dict[str, object]:
     """Write one tensor."""
     from ...linalg.merge_rules import stock_ratio
 
-    blocks, count = common.Blocks(work, based=True), len(work.models) - 1
-    ratio = stock_ratio(common.gram(blocks))
-    common.combine(work, blocks, [ratio / count] * count)
+    blocks, count = reading.Blocks(work, based=True), len(work.models) - 1
+    ratio = stock_ratio(reading.gram(blocks))
+    reading.combine(work, blocks, [ratio / count] * count)
     return {"ratio": ratio}

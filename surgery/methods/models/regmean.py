@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from ...architectures.linears import linears
 from ...errors import InputError, UsageError
 from ..base import Draft, Exactness, MethodInfo, option, required
+from . import _blocks as reading
 from . import _merge as common
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def transform(work: Work) -> dict[str, object]:
 
     params, weights = work.params, work.params["weights"]
     if not params["matrix"]:
-        common.combine(work, common.Blocks(work, based=False), weights)
+        reading.combine(work, reading.Blocks(work, based=False), weights)
         return {}
     (target,) = work.unit.writes
     module = next(

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..base import Draft, Exactness, MethodInfo, option
+from . import _blocks as reading
 from . import _merge as common
 
 if TYPE_CHECKING:
@@ -63,9 +64,9 @@ def transform(work: Work) -> dict[str, object]:
     from ...linalg.merge_rules import elected, sce_weights
     from ...linalg.selection import Taking, kth_largest
 
-    params, blocks = work.params, common.Blocks(work, based=True)
+    params, blocks = work.params, reading.Blocks(work, based=True)
 
-    def variance(block: common.Block) -> torch.Tensor:
+    def variance(block: reading.Block) -> torch.Tensor:
         return torch.stack(block.tensors).var(dim=0, unbiased=False)
 
     cut = None
@@ -73,7 +74,7 @@ def transform(work: Work) -> dict[str, object]:
         differ = sum(int(torch.count_nonzero(variance(block))) for block in blocks)
         cut = kth_largest(blocks.values(variance), blocks.count, int(params["density"] * differ))
 
-    def selected(block: common.Block, taking: Taking | None) -> list[torch.Tensor]:
+    def selected(block: reading.Block, taking: Taking | None) -> list[torch.Tensor]:
         if taking is None:
             return block.tensors
         mask = taking.mask(variance(block))
@@ -91,5 +92,5 @@ def transform(work: Work) -> dict[str, object]:
         # Signs are elected by the plain sum, then what stays is weighed.
         sign = torch.where(sum(changes[1:], start=changes[0]) >= 0, 1.0, -1.0)
         kept = [change * (change.sign() == sign) for change in changes]
-        common.put(work, block, elected(kept, weights).merged, params["scale"])
+        reading.put(work, block, elected(kept, weights).merged, params["scale"])
     return {"weights": weights}

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from ...errors import InputError
 from ..base import Draft, Exactness, MethodInfo, option
+from . import _blocks as reading
 from . import _merge as common
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def transform(work: Work) -> dict[str, object]:
     """Write one tensor."""
     from ...linalg.merge_rules import normalised, slerp_coefficients
 
-    blocks = common.Blocks(work, based=False)
-    products = common.gram(blocks)
-    common.combine(work, blocks, slerp_coefficients(products, work.params["t"]))
+    blocks = reading.Blocks(work, based=False)
+    products = reading.gram(blocks)
+    reading.combine(work, blocks, slerp_coefficients(products, work.params["t"]))
     return {"cosine": float(normalised(products)[0, 1])}

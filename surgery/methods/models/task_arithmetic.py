@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..base import Draft, Exactness, MethodInfo
+from . import _blocks as reading
 from . import _merge as common
 
 if TYPE_CHECKING:
@@ -47,5 +48,5 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
 def transform(work: Work) -> dict[str, object]:
     """Write one tensor."""
     params = work.params
-    common.combine(work, common.Blocks(work, based=True), params["weights"], params["scale"])
+    reading.combine(work, reading.Blocks(work, based=True), params["weights"], params["scale"])
     return {}
