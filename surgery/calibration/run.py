@@ -67,7 +67,8 @@ def statistics_source(
     """A folder's statistics if one is given, otherwise statistics of ``data`` or the built-in text.
 
     Args:
-        sample: rows of each mixture's input that they must hold; every token's if the text has fewer.
+        sample: rows of each mixture's (or, for means, feed-forward's) input that they must hold; every token's if
+            the text has fewer.
         units, replacement: of a method that needs what its own replacements do to later inputs.
         operate: makes a layer from its statistics, in a run that goes from layer to layer.
         targets: such a run needs what the original mixtures give the sampled tokens.
@@ -96,7 +97,7 @@ def statistics_source(
                 "mean inputs are collected by the run itself",
                 hint="give the texts with --data instead of --calibration",
             )
-        return FreshMeans(model, data, tokens, seq_len, device)
+        return FreshMeans(model, data, tokens, seq_len, device, sample)
     if mode == "gram":
         if calibration is None:
             return FreshGrams(model, data, tokens, seq_len, device)

@@ -82,7 +82,7 @@ def test_planted_groups_are_found_and_routed_to(checkpoint: Checkpoint, tmp_path
     operate("upcycle", "split", planted, tmp_path / "moe", experts=4, top_k=1)
     moe = tensors(tmp_path / "moe")
     rows = moe["model.layers.0.block_sparse_moe.gate.weight"]
-    assert torch.allclose(rows.norm(dim=1), torch.ones(4))
+    assert torch.allclose(rows.norm(dim=1), torch.full((4,), 2.0**-7))
     owner = {}
     for number in range(4):
         stored = moe[f"model.layers.0.block_sparse_moe.experts.{number}.w1.weight"]
@@ -90,7 +90,7 @@ def test_planted_groups_are_found_and_routed_to(checkpoint: Checkpoint, tmp_path
         assert len(bundles) == 1
         owner[bundles.pop()] = number
         mean = (stored / stored.norm(dim=1, keepdim=True)).mean(dim=0)
-        assert torch.allclose(rows[number], mean / mean.norm(), atol=1e-6)
+        assert torch.allclose(rows[number] * 128, mean / mean.norm(), atol=1e-6)
     for axis in range(4):
         assert int((rows @ axes[axis]).argmax()) == owner[axis]
 

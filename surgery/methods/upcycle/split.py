@@ -7,65 +7,110 @@ experts per token, k / E of its feed-forward work.
 * ``--by random``: a random balanced partition, the choice of LLaMA-MoE.
 * ``--by kmeans``: balanced k-means on the rows of the gate projection, each scaled to length one: neurons that fire on
   similar inputs come together. Every assignment step is an exact linear assignment to clusters of I / E places.
+* ``--by coactivation``: neurons that are active on the same tokens come together. Active are a token's ``--active``
+  neurons (by default a tenth) of largest |act(g x) (u x)| |d|, the length of what a neuron adds to the output. The
+  balanced partition with as many pairs active together within experts as can be found is a spectral one, improved by
+  swaps of two neurons until none gains. (MoEfication and LLaMA-MoE cut the same graph with METIS, which is not
+  balanced exactly, and weigh it by activations that ReLU or a threshold leaves.)
+* ``--by cmoe``: CMoE (arXiv:2502.04416). Active are the ``--active`` (10) neurons of largest |act(g x) (u x)| with x,
+  g and u of length one. Clusters begin with the E neurons that are active most often (of those that are not shared)
+  and take the neurons whose marks over the tokens are nearest in L1, by an exact assignment; ``--iterations`` (1)
+  goes on from means.
 
 Routers: ``random`` rows N(0, std^2); ``centroid``, for k-means: row e is the mean of the cluster's normalised gate
 rows, itself scaled to length one, so that a token goes where its cosine is largest (MoEfication's similarity router;
 on normalised inputs its logits are of order one); ``uniform``: zero rows, only for k = E, where all experts are
-always on. The default is centroid after k-means and random otherwise.
+always on. Two are fitted to the calibration text, by logistic regression of the k experts that are wanted
+on what the router sees: ``analytic`` wants those of CMoE's router |act(g_r x) (u_r x)|, r being the neuron of each
+expert whose marks are nearest to the mean of its expert's and rows having length one, which no stock class can hold;
+``oracle`` wants the experts of largest |F_e(x)|. The report tells for every layer, on the quarter of the sampled
+tokens that was not fitted, which share of the k experts of either the fitted router selects (recall@k), and of the
+oracle's the analytic one. The default is centroid after k-means, random after random, analytic after cmoe and oracle
+after co-activation.
 
 The selected weights of a stock router sum to one, so each of k experts counts about 1 / k: down is multiplied by
 ``--scale``, by default k, so that selected neurons count as in the dense model. LLaMA-MoE also makes up for the E - k
-parts that are missing and uses about E / k times as much or half of that. With k = E, a uniform router and the default
-scale the output is the dense function.
+parts that are missing and uses about E / k times as much or half of that. CMoE's selected experts all weigh exactly
+1. ``--sharpness`` comes near to that on any router: it is the size of the logits (the root mean square of fitted ones
+on the text; a factor on rows of other routers), and selections do not depend on it, but small logits weigh the
+selected experts alike. It is 1/128 by default, which leaves weights equal to about one percent and is exact to store;
+large ones are for training. With k = E, a uniform router and the default scale the output is the dense function.
 
 ``--shared-neurons S`` keeps S neurons always on, in the shared expert of a family that has one (its sigmoid gate is
-1/2, its down doubled), and splits the rest. They are those of largest |gate row| |up row| |down column|, which bounds
-what a neuron adds to the output; CMoE counts activations instead.
-
-Left out, because they need activations of a dense model: clustering by activation rate or co-activation, and routers
-fitted to them.
+1/2, its down doubled), and splits the rest. With coactivation and cmoe they are those that are active most often,
+otherwise those of largest |gate row| |up row| |down column|, which bounds what a neuron adds to the output. CMoE's
+own setting is 14 experts, k = 2 and an eighth of the neurons shared.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ...architectures.base import PROJECTIONS
 from ...errors import InputError, UsageError
 from ...plan import Unit
 from ..base import Draft, Exactness, MethodInfo, option
+from . import _activity as activity
 from . import _common as common
+from . import _partition as partition
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
 
     from ...architectures.model import Experts, Layer, Model
+    from ...calibration.means import Means
     from ...execute import Work
 
 INFO = MethodInfo(
-    summary="divide the neurons of every feed-forward among experts, at random or by balanced k-means",
+    summary="divide the neurons of every feed-forward among experts: at random, by weights or by activations (CMoE)",
     paper="arXiv:2110.01786",
     inputs="one dense model",
     data="none",
 )
+BY_ACTIVITY = ("coactivation", "cmoe")
+"""Ways to divide that need the neurons' activations."""
+FITTED = ("analytic", "oracle")
+"""Routers that need text."""
+ROUTERS = {
+    "kmeans": "centroid",
+    "random": "random",
+    "coactivation": "oracle",
+    "cmoe": "analytic",
+}
+"""The router of each way to divide, by default."""
+SHARPNESS = 2.0**-7
+"""Logits of this size weigh selected experts alike to about one percent."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(common.GrowOptions):
     """What the user chooses."""
 
-    by: str = option("kmeans", "what decides a neuron's expert", choices=("kmeans", "random"))
+    by: str = option(
+        "kmeans",
+        "what decides a neuron's expert; coactivation and cmoe need text",
+        choices=("kmeans", "random", *BY_ACTIVITY),
+    )
     router: str | None = option(
         None,
-        "router rows; by default centroid for kmeans and random for random",
-        choices=("centroid", "random", "uniform"),
+        "router rows; by default centroid for kmeans, random for random, oracle for coactivation, analytic for cmoe",
+        choices=("centroid", "random", "uniform", *FITTED),
     )
     scale: float | None = option(None, "factor on the experts' outputs; by default top-k")
+    sharpness: float = option(
+        SHARPNESS, "size of the router's logits: small ones weigh selected experts alike"
+    )
     shared_neurons: int = option(0, "neurons that are always on, in a shared expert")
-    iterations: int = option(20, "most steps of k-means")
+    iterations: int | None = option(
+        None, "most steps of clustering and of swaps; by default 20, for cmoe 1"
+    )
+    active: int | None = option(
+        None, "neurons of a token that count as active; by default a tenth of all, for cmoe 10"
+    )
+    rows: int = option(4096, "tokens of the text whose activations decide")
+    ridge: float = option(1e-3, "pull of a fitted router's rows towards zero")
 
 
 def plan(models: Sequence[Model], options: Options) -> Draft:
@@ -77,6 +122,7 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
     """
     model = common.one_dense(models, "splitting")
     common.check_counts(options.experts, options.top_k, options.router_std)
+    _check(options)
     router = _router(options)
     neurons = model.config.integer("intermediate_size")
     routed = neurons - options.shared_neurons
@@ -86,6 +132,10 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
             f"{model.folder}: {neurons} neurons{kept} do not divide into {options.experts} experts",
             hint="choose --experts or --shared-neurons so that experts have one width",
         )
+    usual = 10 if options.by == "cmoe" else max(1, neurons // 10)
+    active = min(usual, neurons) if options.active is None else options.active
+    if not 1 <= active <= neurons:
+        raise UsageError(f"--active {active}: a feed-forward has 1 to {neurons} neurons")
     mixture = common.grow(
         model,
         experts=options.experts,
@@ -95,15 +145,22 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
         shared_width=options.shared_neurons or None,
     )
     scale = float(options.top_k) if options.scale is None else options.scale
+    by_text = options.by in BY_ACTIVITY or router in FITTED
+    steps = 1 if options.by == "cmoe" else 20
     params = {
         "part": "split",
         "by": options.by,
         "router": router,
         "std": options.router_std,
         "scale": scale,
-        "iterations": options.iterations,
+        "sharpness": options.sharpness,
+        "iterations": steps if options.iterations is None else options.iterations,
         "experts": options.experts,
+        "top_k": options.top_k,
+        "active": active,
+        "ridge": options.ridge,
     }
+    memory = _memory(neurons, routed, model.config.hidden, options.by, by_text * options.rows)
 
     def fill(layer: Layer, experts: Experts) -> tuple[list[Unit], common.Moves]:
         writes = [experts.region(e, p) for e in range(experts.count) for p in PROJECTIONS]
@@ -119,16 +176,34 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
             reads=tuple(layer.ffn[projection] for projection in PROJECTIONS),
             writes=(experts.router, *writes),
             params=params,
-            memory=_memory(neurons, routed, experts.hidden, options),
+            memory=memory,
         )
         return [unit, *neutral], []
 
-    return common.draft(mixture, fill, _exactness(mixture, options, router, scale))
+    draft = common.draft(mixture, fill, _exactness(mixture, options, router, scale))
+    return replace(draft, data="means", sample=options.rows) if by_text else draft
+
+
+def decide(model: Model, options: Options, statistics: Means, seed: int) -> dict[str, Any]:
+    """How many tokens each layer's neurons are judged by; what they decide, units do.
+
+    Raises:
+        InputError: too few tokens to tell neurons apart.
+    """
+    found: dict[str, Any] = {}
+    for layer in model.layers:
+        rows = statistics.sampled(layer.index)
+        if rows < 2 * options.experts:
+            raise InputError(
+                f"the text gives {rows} tokens to divide neurons among {options.experts} experts by",
+                hint="ask for more --tokens and --rows",
+            )
+        found[str(layer.index)] = {"rows": rows}
+    return found
 
 
 def transform(work: Work) -> dict[str, object]:
     """Divide the neurons of one layer, or fill a neutral shared expert."""
-    import numpy as np
     import torch
 
     done = common.fill_common(work)
@@ -139,35 +214,39 @@ def transform(work: Work) -> dict[str, object]:
     rows = [work.read(region) for region in work.unit.reads]
     rows[2] = rows[2].T
     routed, shared = writes[1 : 1 + 3 * count], writes[1 + 3 * count :]
-    always, rest = _always_on(rows, shared[0].shape[0] if shared else 0)
-    members, centres, metrics = _partition(work, rows[0], rest)
+    parts = partition.divide(work, rows, shared[0].shape[0] if shared else 0)
     for expert in range(count):
-        chosen = torch.from_numpy(members[expert])
+        chosen = torch.from_numpy(parts.members_EN[expert])
         for role, region in enumerate(routed[3 * expert : 3 * expert + 3]):
             _put(work, region, rows[role].index_select(0, chosen), role, params["scale"])
     for role, region in enumerate(shared[:3]):
-        _put(work, region, rows[role].index_select(0, always), role, 2.0 if shared[3:] else 1.0)
+        kept = rows[role].index_select(0, parts.always)
+        _put(work, region, kept, role, 2.0 if shared[3:] else 1.0)
     for region in shared[3:]:
         work.write(region, torch.zeros(region.shape))
-    router = torch.zeros(writes[0].shape)
-    if params["router"] == "random":
-        draw = work.rng("router", work.layer).standard_normal(router.shape, dtype="float32")
-        router = torch.from_numpy(draw) * params["std"]
-    elif centres is not None and params["router"] == "centroid":
-        lengths = np.linalg.norm(centres, axis=1, keepdims=True)
-        router = torch.from_numpy(centres / np.maximum(lengths, 1e-12))
-    work.write(writes[0], router)
-    return metrics
+    rows_ED, metrics = partition.router(work, rows, parts, writes[0].shape)
+    work.write(writes[0], rows_ED)
+    return parts.metrics | metrics
 
 
-def _router(options: Options) -> str:
-    if options.iterations < 1:
+def _check(options: Options) -> None:
+    if options.iterations is not None and options.iterations < 1:
         raise UsageError("--iterations should be at least 1")
     if options.scale is not None and not options.scale > 0:
         raise UsageError("--scale should be above 0")
-    router = options.router or ("centroid" if options.by == "kmeans" else "random")
-    if router == "centroid" and options.by == "random":
-        raise UsageError("--router centroid needs --by kmeans: random parts have no centroids")
+    if options.rows < 1:
+        raise UsageError(f"--rows should be at least 1, is {options.rows}")
+    for name, value in (("sharpness", options.sharpness), ("ridge", options.ridge)):
+        if not 0 < value < float("inf"):
+            raise UsageError(f"--{name} should be above 0, is {value}")
+
+
+def _router(options: Options) -> str:
+    router = options.router or ROUTERS[options.by]
+    if router == "centroid" and options.by != "kmeans":
+        raise UsageError(
+            f"--router centroid needs --by kmeans: parts by {options.by} have no centroids of rows"
+        )
     if router == "uniform" and options.top_k != options.experts:
         raise InputError(
             "--router uniform would send all tokens to the same experts",
@@ -192,44 +271,21 @@ def _exactness(mixture: common.Mixture, options: Options, router: str, scale: fl
     return Exactness("exact", "all parts are on, each with weight one")
 
 
-def _memory(neurons: int, routed: int, hidden: int, options: Options) -> int:
-    """Matrices as float32, and for k-means points, distances and the assignment's cost in float64."""
-    matrices = 4 * 5 * neurons * hidden
-    return matrices + (8 * (3 * routed * hidden + 2 * routed**2) if options.by == "kmeans" else 0)
+def _memory(neurons: int, routed: int, hidden: int, by: str, tokens: int) -> int:
+    """Bytes at the peak.
 
-
-def _always_on(rows: Sequence[torch.Tensor], count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The ``count`` neurons of largest norm product, and all others; both ascending, ties to the lower index."""
-    import torch
-
-    importance = torch.stack([matrix.double().norm(dim=1) for matrix in rows]).prod(dim=0)
-    order = torch.argsort(importance, descending=True, stable=True)
-    return order[:count].sort().values, order[count:].sort().values
-
-
-def _partition(
-    work: Work, gate_FD: torch.Tensor, rest: torch.Tensor
-) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any] | None, dict[str, object]]:
-    """Neurons of each expert, ascending; centroids and their fit for k-means."""
-    import numpy as np
-
-    from ...linalg.balanced import balanced_kmeans
-
-    count, places = work.params["experts"], len(rest) // work.params["experts"]
-    rng = work.rng("partition", work.layer)
-    if work.params["by"] == "random":
-        order = rest.numpy()[rng.permutation(len(rest))].reshape(count, places)
-        return np.sort(order, axis=1), None, {}
-    points = gate_FD.index_select(0, rest).double().numpy()
-    points /= np.maximum(np.linalg.norm(points, axis=1, keepdims=True), 1e-12)
-    found = balanced_kmeans(points, count, rng, iterations=work.params["iterations"])
-    total = float(np.square(points - points.mean(axis=0)).sum())
-    metrics: dict[str, object] = {
-        "kmeans_steps": len(found.inertia),
-        # 1 for a partition that explains nothing, 0 for equal rows within every cluster.
-        "variance_left": found.inertia[-1] / total if total else 0.0,
-    }
-    return rest.numpy()[found.members_KN], found.centres_KD, metrics
+    Matrices as float32 with their selections; for clusters, points (rows of gate, or marks), distances and the
+    assignment's P x P cost in float64; by activity the sample twice in float64, marks as float32, and a block of
+    activations.
+    """
+    held = 4 * 5 * neurons * hidden
+    if by != "random":
+        width = hidden if by == "kmeans" else 2
+        held += 8 * (3 * routed * width + 2 * routed**2)
+    if tokens:
+        held += tokens * (20 * hidden + (6 * neurons if by in BY_ACTIVITY else 0))
+        held += 4 * 3 * activity.BLOCK * neurons
+    return held
 
 
 def _put(work: Work, region: Any, neurons: torch.Tensor, role: int, scale: float) -> None:
