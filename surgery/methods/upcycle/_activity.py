@@ -55,13 +55,13 @@ class Neurons:
     def contributions(self) -> Iterator[torch.Tensor]:
         """|act(g x) (u x)| |d| in blocks [n, I]: the length of what every neuron adds to the output."""
         length_I = self.down_ID.norm(dim=1)
-        for x_nD in self.inputs_ND.split(BLOCK):
+        for x_nD in self._blocks():
             yield self._activations(x_nD, self.gate_ID, self.up_ID).abs_().mul_(length_I)
 
     def normalised(self) -> Iterator[torch.Tensor]:
         """CMoE's activations in blocks [n, I]: of inputs and rows of gate and up that all have length one."""
         gate_ID, up_ID = _unit(self.gate_ID), _unit(self.up_ID)
-        for x_nD in self.inputs_ND.split(BLOCK):
+        for x_nD in self._blocks():
             yield self._activations(_unit(x_nD), gate_ID, up_ID)
 
     def oracle(self, members_EN: NDArray[np.int64]) -> torch.Tensor:
@@ -69,7 +69,7 @@ class Neurons:
         import torch
 
         found = []
-        for x_nD in self.inputs_ND.split(BLOCK):
+        for x_nD in self._blocks():
             active_nI = self._activations(x_nD, self.gate_ID, self.up_ID)
             parts = [
                 (active_nI[:, own] @ self.down_ID[own]).norm(dim=1)
@@ -86,6 +86,10 @@ class Neurons:
         chosen = list(representatives)
         gate_ED, up_ED = _unit(self.gate_ID[chosen]), _unit(self.up_ID[chosen])
         return self._activations(self.inputs_ND, gate_ED, up_ED).abs_()
+
+    def _blocks(self) -> Iterator[torch.Tensor]:
+        for start in range(0, len(self.inputs_ND), BLOCK):
+            yield self.inputs_ND[start : start + BLOCK]
 
     def _activations(
         self, x_nD: torch.Tensor, gate_ID: torch.Tensor, up_ID: torch.Tensor
@@ -153,4 +157,5 @@ def router(
 
 
 def _unit(rows: torch.Tensor) -> torch.Tensor:
-    return rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    found: torch.Tensor = rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    return found

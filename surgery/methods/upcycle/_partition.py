@@ -32,7 +32,7 @@ class Parts:
     always: torch.Tensor
     members_EN: NDArray[np.int64]
     metrics: dict[str, object] = field(default_factory=dict)
-    centres_ED: NDArray[np.float64] | None = None
+    centres_ED: NDArray[np.floating[Any]] | None = None
     representatives: tuple[int, ...] = ()
     neurons: activity.Neurons | None = None
 
