@@ -9,6 +9,7 @@ from ...architectures.base import PROJECTIONS
 from ._function import activation, hidden
 from ._groups import Grouping
 from ._least_squares import fit_down
+from ._whitened import Given
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +38,7 @@ def average(
         0 if work.params.get("reference", "first") == "first" else grouping.representatives[slot]
     )
     match = _matcher(work, experts, anchor) if aligned else None
+    given = Given.of(work, experts) if rank and work.params.get("whiten") else None
     sums: dict[str, torch.Tensor] = {}
     squares = dict.fromkeys(experts.layout.parts, 0.0)
     grams: dict[str, torch.Tensor] = {}
@@ -55,7 +57,7 @@ def average(
             else:
                 sums[projection] = wide * weight
             if rank and projection in PROJECTIONS:
-                gram = wide @ wide.T
+                gram = given.gram(member, matrices, projection) if given else wide @ wide.T
                 grams[projection] = grams[projection] + gram if projection in grams else gram
     metrics: dict[str, object] = {"members": list(members), "weights": list(weights)}
     if matching:

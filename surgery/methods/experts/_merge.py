@@ -55,8 +55,8 @@ def plan_merge(
         params: what the transform needs to know, the same for every unit. Read here and below: ``router``;
             ``align`` (``none``, ``weight``; in REAM's matching also ``activation`` and ``both``) and
             ``reference`` (``first`` expert of the layer or the group's ``representative``); ``matching``
-            (``ream`` for normalised distances); ``rank``; ``factors`` (``rank``, ``keep_rows`` and ``refits``
-            of a low-rank and row-sparse approximation); ``combine`` (``least-squares`` and its
+            (``ream`` for normalised distances); ``rank`` and ``whiten``; ``factors`` (``rank``, ``keep_rows``
+            and ``refits`` of a low-rank and row-sparse approximation); ``combine`` (``least-squares`` and its
             ``combine_ridge``); ``reconstruct`` (see ``_reconstruct.py``), which makes a layer one unit.
         sample: rows of each mixture's input that the transform reads.
         counts: experts by layer instead of ``experts`` in each, where layers differ.
@@ -79,7 +79,7 @@ def plan_merge(
             "each token selects",
             hint=f"use --experts {model.rule.top_k} or more",
         )
-    computes = (
+    computes = params.get("whiten") or (
         params.get("reconstruct") or params.get("combine") or params.get("matching") == "ream"
     )
     if computes or options.budget == "global":
@@ -158,6 +158,8 @@ def _merge_units(layer: Layer, form: Stored, params: dict[str, Any], sample: int
     if experts.layout.transposed:
         # Reading gate or up brings in both, and strided parts wait for each other.
         memory += 24 * matrix
+    if params.get("whiten"):
+        memory += sample * (12 * experts.hidden + 12 * experts.width + 16 * experts.count)
     if params.get("rank"):
         memory += 24 * max(experts.hidden, experts.width) ** 2
     if params.get("factors"):

@@ -7,9 +7,11 @@ of outputs (the paper's equation 2) instead of their Euclidean distance (its obj
 
 Stage 2: [W_1 ... W_n] = U S [V_1 ... V_n]^T and W = U S (sum of f_i V_i)^T / sum of f_i, with f the routing
 frequencies. Since W_i = U S V_i^T exactly, this equals the frequency-weighted mean of the W_i, and that is what is
-computed; a test holds it against the explicit decomposition. With ``--rank R`` the result is projected on the
-first R left singular vectors, U_R U_R^T times the mean: the paper's truncation. It is written as a full matrix,
-so it saves nothing on disk.
+computed; a test holds it against the explicit decomposition. With ``--rank R`` (the paper's intra-expert form) it is
+the W_i S_i that are decomposed together, S_i S_i^T = X_i^T X_i for what the tokens that select i give the projection,
+and V_i S_i^-1 that are averaged. Whitening cancels but for the choice of the subspace: the result is U_R U_R^T times
+the mean, with U_R the first R left singular vectors of [W_1 S_1 ... W_n S_n]. S_i is damped by 1e-4 of its mean diagonal.
+``--no-whiten`` takes those of [W_1 ... W_n]. It is written as a full matrix, so it saves nothing on disk.
 
 What the paper leaves open, and the choices here: one grouping serves all three projections of an expert; the
 representative of a group is its most used member; ``--allocation global`` replaces the joint clustering of
@@ -54,6 +56,9 @@ class Options(ReconstructOptions):
         "euclidean", "distance between expert outputs", choices=("euclidean", "cosine")
     )
     rank: int | None = option(None, "truncate merged matrices to this rank (stored full)")
+    whiten: bool = option(
+        True, "choose what --rank keeps by what it does to sampled inputs, not by weights alone"
+    )
     allocation: str = option(
         "uniform",
         "uniform: the same number of experts in every layer; global: counts that minimise the summed "
@@ -81,13 +86,14 @@ def _plan(models: Sequence[Model], options: Options, counts: dict[int, int] | No
         raise UsageError(
             "--rank and --reconstruct exclude each other: solved down projections have full rank"
         )
-    params = {"router": options.router, "rank": options.rank}
+    whitened = options.rank is not None and options.whiten
+    params = {"router": options.router, "rank": options.rank, "whiten": whitened}
     draft = plan_merge(
         models,
         options,
         router=options.router,
         params={**params, **reconstruct_params(options)},
-        sample=options.sample if options.reconstruct else 0,
+        sample=options.sample if options.reconstruct or whitened else 0,
         counts=counts,
     )
     waits = options.allocation == "global" and options.router != "tied" and counts is None
