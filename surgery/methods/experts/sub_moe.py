@@ -10,8 +10,8 @@ frequencies. Since W_i = U S V_i^T exactly, this equals the frequency-weighted m
 computed; a test holds it against the explicit decomposition. With ``--rank R`` (the paper's intra-expert form) it is
 the W_i S_i that are decomposed together, S_i S_i^T = X_i^T X_i for what the tokens that select i give the projection,
 and V_i S_i^-1 that are averaged. Whitening cancels but for the choice of the subspace: the result is U_R U_R^T times
-the mean, with U_R the first R left singular vectors of [W_1 S_1 ... W_n S_n]. S_i is damped by 1e-4 of its mean diagonal.
-``--no-whiten`` takes those of [W_1 ... W_n]. It is written as a full matrix, so it saves nothing on disk.
+the mean, with U_R the first R left singular vectors of [W_1 S_1 ... W_n S_n]. S_i is damped by 1e-4 of its mean
+diagonal. ``--no-whiten`` takes those of [W_1 ... W_n]. It is written as a full matrix, so it saves nothing on disk.
 
 What the paper leaves open, and the choices here: one grouping serves all three projections of an expert; the
 representative of a group is its most used member; ``--allocation global`` replaces the joint clustering of
