@@ -202,6 +202,8 @@ def _sources_and_needs(method: Method) -> str:
         "routed": "routing statistics of some text",
         "all-expert": "outputs of every expert on some text",
         "means": "a text for every model",
+        "prompts": "prompts for every model",
+        "neurons": "a text for every expert",
         "gram": "Gram matrices of every linear layer's inputs on some text",
         "shifted": "the same, of the original and the compressed model together, from text",
     }[info.data]

@@ -1,17 +1,23 @@
 """Mean inputs of every layer's feed-forward on the text of each domain, and a sample of those inputs.
 
-What a router sees is the input of the feed-forward, after its norm, at every real token; padding is left out. Sums
-are float64. The sample is evenly spread over each domain's tokens, in float32: for predictions of what a router will
-select, and for methods that compute what the feed-forward's neurons do.
+What a router sees is the input of the feed-forward, after its norm, at every real token; padding is left out. Sums are
+float64. The sample is evenly spread over each domain's tokens, in float32, with the sequence that each is of. There are
+three modes:
 
-A run keeps them in its staging folder until its commit: ``statistics.json``, and for every layer a file
-``means.<index>.safetensors`` with ``mean`` [C, D] in float64 for C domains and ``sample.<domain>`` [N, D] each, so
-that no more than one layer's are in memory.
+* ``means``: every token counts equally.
+* ``prompts``: each line of a text (each record of a ``.jsonl`` file) is read by itself and counts equally, whatever its
+  length; one longer than a sequence counts as several.
+* ``neurons``: ``means``, and by domain the mean of the neurons' absolute values, which the down projection is given,
+  and the text itself as token ids.
+
+A run keeps them in its staging folder until its commit: ``statistics.json``; for each layer
+``means.<index>.safetensors`` with ``mean`` [C, D] in float64 for C domains, ``neurons`` [C, F] in float64,
+``sample.<domain>`` [N, D] in float32 and ``sequence.<domain>`` [N] in int64; and ``text.safetensors`` with ``ids`` [T],
+``lengths`` and ``domains`` [S] of S sequences.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -23,35 +29,34 @@ from ..checkpoint.header import read_header, read_json
 from ..checkpoint.reader import Checkpoint, TensorReader, contained, file_digest
 from ..checkpoint.region import Region
 from ..digests import Digests
-from ..errors import InputError
-from .corpus import read_corpus
+from .corpus import Corpus, Domain, read_corpus
 from .statistics import JSON_FILE, SCHEMA_VERSION, model_digest
 
 if TYPE_CHECKING:
     import torch
 
-    from ..architectures.model import Layer, Model
+    from ..architectures.model import Model
     from ..checkpoint.commit import Staging
     from ..progress import Progress, Stop
-    from .forward import Step
-    from .sequences import Batch
+    from .sequences import Sequences
 
+MODES = ("means", "prompts", "neurons")
+TEXT_FILE = "text.safetensors"
 SAMPLE = 512
-"""Tokens of each domain that are kept where the method does not say how many."""
+"""Tokens of each domain that are kept, where the method does not say how many it needs."""
 
 
 def layer_file(layer: int) -> str:
-    """The file of one layer's means and sample."""
+    """The file with what belongs to a layer."""
     return f"means.{layer}.safetensors"
 
 
 class Means:
     """A folder with mean inputs. Tensors are read when asked for."""
 
-    mode = "means"
-
     def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
         self.folder, self.manifest = folder, manifest
+        self.mode = str(manifest["mode"])
         self.domains = [str(item["name"]) for item in manifest["text"]["domains"]]
 
     @classmethod
@@ -61,24 +66,46 @@ class Means:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the manifest, which holds those of the layers' files."""
+        """SHA-256 of the manifest, which holds those of the tensors."""
         return file_digest(self.folder / JSON_FILE)
 
     def mean(self, layer: int) -> torch.Tensor:
         """Mean inputs by domain: float64 [C, D]."""
-        return self._read(layer, ["mean"])[0]
+        return self._read(layer_file(layer), ["mean"])[0]
+
+    def neurons(self, layer: int) -> torch.Tensor:
+        """Mean absolute values of the layer's neurons by domain: float64 [C, F]. Mode ``neurons`` only."""
+        return self._read(layer_file(layer), ["neurons"])[0]
 
     def samples(self, layer: int) -> list[torch.Tensor]:
         """Sampled inputs of every domain: float32 [N, D] each."""
-        return self._read(layer, [f"sample.{domain}" for domain in range(len(self.domains))])
+        return self._of_domains(layer, "sample")
 
     def sampled(self, layer: int) -> int:
         """Sampled inputs of all domains together."""
         tensors = read_header(contained(self.folder, layer_file(layer)))
-        return sum(info.shape[0] for name, info in tensors.items() if name != "mean")
+        return sum(info.shape[0] for name, info in tensors.items() if name.startswith("sample."))
 
-    def _read(self, layer: int, names: Sequence[str]) -> list[torch.Tensor]:
-        file = contained(self.folder, layer_file(layer))
+    def sequences(self, layer: int) -> list[torch.Tensor]:
+        """The number, within its domain, of the sequence that each sampled input is of: int64 [N] each."""
+        return self._of_domains(layer, "sequence")
+
+    def text(self) -> list[list[torch.Tensor]]:
+        """Token ids of every sequence of every domain: int64. Mode ``neurons`` only."""
+        ids_T, length_S, domain_S = self._read(TEXT_FILE, ["ids", "lengths", "domains"])
+        split: Any = ids_T.split  # torch has no types for it
+        pieces: list[torch.Tensor] = split(length_S.tolist())
+        found: list[list[torch.Tensor]] = [[] for _ in self.domains]
+        for ids, domain in zip(pieces, domain_S.tolist(), strict=True):
+            found[domain].append(ids)
+        return found
+
+    def _of_domains(self, layer: int, what: str) -> list[torch.Tensor]:
+        names = [f"{what}.{domain}" for domain in range(len(self.domains))]
+        return self._read(layer_file(layer), names)
+
+    def _read(self, name: str, names: Sequence[str]) -> list[torch.Tensor]:
+        file = contained(self.folder, name)
         tensors = read_header(file)
         with TensorReader(Checkpoint(self.folder, {}, tensors, (file,))) as reader:
             return [reader.read(Region(name, tensors[name].shape)) for name in names]
@@ -88,6 +115,7 @@ class FreshMeans:
     """Means collected by the run itself, in its staging folder until the commit.
 
     Args:
+        mode: one of `MODES`.
         sample: tokens that are kept, of every domain the same number or all it has; 0 for `SAMPLE` of each.
     """
 
@@ -98,29 +126,36 @@ class FreshMeans:
         tokens: int,
         seq_len: int,
         device: str,
+        *,
+        mode: str = "means",
         sample: int = 0,
     ) -> None:
         self._model, self._data, self._device = model, data, device
-        self._tokens, self._seq_len = tokens, seq_len
+        self._tokens, self._seq_len, self._mode = tokens, seq_len, mode
         self._corpus = read_corpus(data)
+        if mode == "prompts":
+            self._corpus = _lines(self._corpus, data)
         self._sample = -(-sample // len(self._corpus.domains)) if sample else SAMPLE
-        self.files: tuple[str, ...] = (
-            JSON_FILE,
-            *(layer_file(layer.index) for layer in model.layers),
-        )
         self.identity: dict[str, Any] = {
             # A list: experts are named by the order of the files.
             "text": [[domain.name, domain.digest] for domain in self._corpus.domains],
             "tokens": tokens,
             "seq_len": seq_len,
-            "mode": "means",
-            "sample": self._sample,
+            "mode": mode,
             "device": device,
+            "sample": self._sample,
         }
         self.place = "."
+        layers = tuple(layer_file(layer.index) for layer in model.layers)
+        self.files: tuple[str, ...] = (JSON_FILE, *layers)
+        if mode == "neurons":
+            self.files = (*self.files, TEXT_FILE)
 
     def load(self, staging: Staging, progress: Progress, stop: Stop) -> Means:
+        from safetensors.torch import save
+
         from .forward import LayerStream
+        from .mean_sums import observe
         from .sequences import tokenise
 
         sequences = tokenise(
@@ -132,23 +167,28 @@ class FreshMeans:
             )
         digests = Digests(self._model.checkpoint.inputs)
         progress.stage("calibrating", len(self._model.layers))
-        layers: dict[str, str] = {}
+        written: dict[str, str] = {}
+
+        def write(name: str, tensors: dict[str, torch.Tensor]) -> None:
+            staging.write_file(name, save(tensors))
+            written[name] = file_digest(staging.path / name)
+
         with TensorReader(self._model.checkpoint) as reader:
             stream = LayerStream(self._model, reader, device=self._device, scratch=staging.path)
             with stream.run(sequences) as run:
                 for step in run.layers():
-                    data = _observe(step, len(sequences.domains), self._sample)
-                    staging.write_file(layer_file(step.index), data)
-                    layers[str(step.index)] = hashlib.sha256(data).hexdigest()
+                    write(layer_file(step.index), observe(step, self._mode, self._sample))
                     progress.advance()
                     stop.check()
+        if self._mode == "neurons":
+            write(TEXT_FILE, _text(sequences))
         manifest = {
             "schema_version": SCHEMA_VERSION,
-            "mode": "means",
+            "mode": self._mode,
             "model_type": self._model.family.model_type,
             "hidden": self._model.config.hidden,
             "text": sequences.manifest(),
-            "layers": layers,
+            "sha256": written,
             "device": self._device,
             "model_sha256": model_digest(self._model.checkpoint, digests.finish()),
             "moesurg": __version__,
@@ -165,78 +205,22 @@ class FreshMeans:
         return [*words, "--tokens", str(self._tokens), "--seq-len", str(self._seq_len)]
 
 
-class _Sums:
-    """What one layer's feed-forward is given, by domain."""
-
-    def __init__(self, step: Step, domains: int, sample: int) -> None:
-        import torch
-
-        hidden, device = step.run.stream.model.config.hidden, step.run.stream.device
-        self.step, self.layer = step, step.layer
-        self.total_CD = torch.zeros(domains, hidden, dtype=torch.float64, device=device)
-        self.rows = [0] * domains
-        self.tokens = [0] * domains
-        for batch in step.run.batches:
-            self.tokens[batch.domain] += batch.stop - batch.start
-        self.sample = sample
-        self.kept: list[list[torch.Tensor]] = [[] for _ in range(domains)]
-        self.batch: Batch | None = None
-
-    def begin(self, batch: Batch) -> None:
-        self.batch = batch
-
-    def see(self, module: Any, args: tuple[Any, ...]) -> None:
-        batch = self.batch
-        if batch is None:
-            return
-        mask_T = self.step.run.mask(batch).flatten()
-        rows_ND = args[0].reshape(-1, args[0].shape[-1])[mask_T]
-        domain = batch.domain
-        self.total_CD[domain] += rows_ND.double().sum(dim=0)
-        keep_N = _kept(self.rows[domain], len(rows_ND), self.tokens[domain], self.sample)
-        self.kept[domain].append(rows_ND[keep_N.to(rows_ND.device)].float().cpu())
-        self.rows[domain] += len(rows_ND)
+def _lines(corpus: Corpus, files: Sequence[Path]) -> Corpus:
+    """Every line of a given text as a document of its own; records and the built-in texts' documents are already."""
+    found = []
+    for number, domain in enumerate(corpus.domains):
+        if files and files[number].suffix != ".jsonl":
+            lines = [line for text in domain.documents for line in text.splitlines()]
+            domain = Domain(domain.name, tuple(line for line in lines if line.strip()))
+        found.append(domain)
+    return Corpus(tuple(found))
 
 
-def _kept(first: int, count: int, tokens: int, sample: int) -> torch.Tensor:
-    """Which of a domain's tokens ``first`` to ``first + count`` are of the sample: bool [count].
-
-    Exactly min(``sample``, ``tokens``) of all are, evenly spread.
-    """
+def _text(sequences: Sequences) -> dict[str, torch.Tensor]:
     import torch
 
-    place_N = torch.arange(first, first + count)
-    size = min(sample, tokens)
-    return (place_N + 1) * size // tokens > place_N * size // tokens
-
-
-def _observe(step: Step, domains: int, sample: int) -> bytes:
-    """A layer's file."""
-    import torch
-    from safetensors.torch import save
-
-    sums = _Sums(step, domains, sample)
-    handle = step.module.get_submodule(_input_module(step.layer)).register_forward_pre_hook(
-        sums.see
-    )
-    step.advance(sums.begin)
-    handle.remove()
-    empty = [number for number, rows in enumerate(sums.rows) if not rows]
-    if empty:
-        raise InputError(
-            f"domain {empty[0] + 1} of the text gives no token", hint="ask for more --tokens"
-        )
-    rows_C1 = torch.tensor(sums.rows, dtype=torch.float64)[:, None]
-    found = {
-        "mean": (sums.total_CD.cpu() / rows_C1).contiguous(),
-        **{
-            f"sample.{domain}": torch.cat(kept).contiguous()
-            for domain, kept in enumerate(sums.kept)
-        },
+    return {
+        "ids": torch.cat([torch.from_numpy(ids) for ids in sequences.ids]),
+        "lengths": torch.tensor([len(ids) for ids in sequences.ids]),
+        "domains": torch.tensor(sequences.domain_of),
     }
-    return save(found)
-
-
-def _input_module(layer: Layer) -> str:
-    """The dense feed-forward's gate projection, whose input is the feed-forward's."""
-    return layer.ffn["gate"].tensor.removeprefix(layer.prefix).removesuffix(".weight")

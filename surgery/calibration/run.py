@@ -19,7 +19,7 @@ from ..plan import Unit
 from ..progress import Progress, Stop, stoppable
 from .corpus import Corpus, read_corpus
 from .gram_folder import FreshGrams, FreshShifted, GivenGrams, Grams, calibrate_grams, layer_file
-from .means import FreshMeans, Means
+from .means import MODES, FreshMeans, Means
 from .sequences import Sequences, tokenise
 from .statistics import JSON_FILE, TENSOR_FILE, Statistics, model_digest
 
@@ -91,13 +91,13 @@ def statistics_source(
                 hint="give the text with --data, or nothing for the built-in text, instead of --calibration",
             )
         return _Sequential(model, data, tokens, seq_len, mode, device, sample, operate, targets)
-    if mode == "means":
+    if mode in MODES:
         if calibration is not None:
             raise UsageError(
                 "mean inputs are collected by the run itself",
                 hint="give the texts with --data instead of --calibration",
             )
-        return FreshMeans(model, data, tokens, seq_len, device, sample)
+        return FreshMeans(model, data, tokens, seq_len, device, mode=mode, sample=sample)
     if mode == "gram":
         if calibration is None:
             return FreshGrams(model, data, tokens, seq_len, device)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ..sources import Takes
     from ..weights import Weights
 
-DataNeed = Literal["none", "routed", "all-expert", "gram", "shifted", "means"]
+DataNeed = Literal["none", "routed", "all-expert", "gram", "shifted", "means", "prompts", "neurons"]
 Tier = Literal["stock", "padded", "custom", "pack"]
 FormatName = Literal["model", "adapter", "pack", "adapters", "models"]
 

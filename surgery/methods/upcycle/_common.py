@@ -8,21 +8,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ...architectures import families
 from ...architectures.base import PROJECTIONS, DenseTarget, Family, MoE, RouterRule, Shape
 from ...architectures.config import Config
 from ...architectures.model import Experts
 from ...checkpoint.layout import TensorSpec
 from ...checkpoint.region import Region
 from ...errors import InputError, UsageError
-from ...plan import Unit, copy_unit, element_bytes
+from ...plan import Unit, copy_unit
 from ..base import Draft, Exactness, option, required
+from ._fill import fill_common as fill_common
+from ._routers import RouterOptions
+from ._targets import check_width, choose
 
 if TYPE_CHECKING:
-    import torch
-
     from ...architectures.model import Layer, Model
-    from ...execute import Work
 
 Moves = list[tuple[Region, list[Region]]]
 """What is read, with everywhere it goes byte for byte."""
@@ -38,6 +37,11 @@ class GrowOptions:
         None, "MoE family to write; by default the one that fits the parent"
     )
     router_std: float = option(0.02, "standard deviation of the router's random rows")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutedOptions(GrowOptions, RouterOptions):
+    """The same, with a choice of routers."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ def dense(model: Model) -> None:
         raise InputError(f"{model.folder}: is a mixture already ({model.family.model_type})")
 
 
-def check_counts(experts: int, top_k: int, router_std: float) -> None:
+def check_counts(experts: int, top_k: int, router_std: float = 1.0) -> None:
     """Refuse counts that no mixture has.
 
     Raises:
@@ -136,7 +140,7 @@ def grow(
     Raises:
         InputError: the parent fits no target, or the target cannot hold it.
     """
-    family, moe, facts = _target(model, target, sharing=shared_width is not None)
+    family, moe, facts = choose(model, target, sharing=shared_width is not None)
     raw = facts.config(model.config, experts, top_k)
     raw.update(model_type=family.model_type, architectures=[family.class_name])
     if width is not None:
@@ -147,7 +151,7 @@ def grow(
     config = Config(raw, family.defaults, "the planned config.json")
     found = config.integer(moe.width_key)
     if width is not None:
-        _check_width(model, found)
+        check_width(model, found)
     mixtures = {
         layer.index: Experts(moe.layouts[0], layer.prefix, experts, config.hidden, found)
         for layer in model.layers
@@ -203,18 +207,6 @@ def draft(
             units.append(copy_unit(f"{label}.copies", found, layer=index))
     units.sort(key=lambda unit: (unit.layer is None, unit.layer or 0))
     return Draft(mixture.raw, tensors, units, exactness, notes=notes)
-
-
-def router_unit(layer: Layer, experts: Experts, std: float, *, repeat: int = 1) -> Unit:
-    """Draws the router's rows from N(0, std^2), each ``repeat`` times over."""
-    return Unit(
-        f"layer.{layer.index}.router",
-        "transform",
-        layer.index,
-        writes=(experts.router,),
-        params={"part": "router", "std": std, "repeat": repeat},
-        memory=16 * experts.count * experts.hidden,
-    )
 
 
 def neutral_units(mixture: Mixture, layer: Layer) -> list[Unit]:
@@ -282,46 +274,6 @@ def identical_experts(mixture: Mixture) -> Exactness:
     )
 
 
-def fill_common(work: Work) -> dict[str, object] | None:
-    """Run a unit of `router_unit`, `neutral_units` or `whole_shared`; None if it is the method's own."""
-    part = work.params["part"]
-    if part == "router":
-        return _draw_router(work)
-    if part == "neutral":
-        return _fill_neutral(work)
-    if part == "zeros":
-        return _fill_zeros(work)
-    if part == "double":
-        return _double(work)
-    return None
-
-
-def _draw_router(work: Work) -> dict[str, object]:
-    import torch
-
-    (region,) = work.unit.writes
-    repeat = work.params["repeat"]
-    shape = (region.shape[0] // repeat, region.shape[1])
-    draw = work.rng("router", work.layer).standard_normal(shape, dtype="float32")
-    rows = torch.from_numpy(draw) * work.params["std"]
-    if repeat > 1:
-        _refuse_ties(work, rows, region)
-    work.write(region, rows.repeat_interleave(repeat, dim=0))
-    return {}
-
-
-def _refuse_ties(work: Work, rows: torch.Tensor, region: Region) -> None:
-    """Groups whose rows coincide as they are stored would be selected in parts."""
-    import torch
-
-    stored = work.stored(region, rows)
-    if len(torch.unique(stored.float(), dim=0)) < len(stored):
-        raise InputError(
-            f"{region.tensor}: rows of two groups are tied in the stored type",
-            hint="choose a larger --router-std",
-        )
-
-
 def _bias_units(layer: Layer, experts: Experts) -> list[Unit]:
     """The unit that writes what a family adds to the router's scores, which starts at zero; none where none is."""
     biases = tuple(experts.routing[1:])
@@ -329,76 +281,6 @@ def _bias_units(layer: Layer, experts: Experts) -> list[Unit]:
         return []
     name = f"layer.{layer.index}.router_bias"
     return [Unit(name, "transform", layer.index, writes=biases, params={"part": "zeros"})]
-
-
-def _fill_zeros(work: Work) -> dict[str, object]:
-    import torch
-
-    for region in work.unit.writes:
-        work.write(region, torch.zeros(region.shape))
-    return {}
-
-
-def _double(work: Work) -> dict[str, object]:
-    import torch
-
-    down, switch = work.unit.writes
-    work.write(down, 2 * work.read(work.unit.reads[0]))
-    work.write(switch, torch.zeros(switch.shape))
-    return {}
-
-
-def _fill_neutral(work: Work) -> dict[str, object]:
-    import torch
-
-    gate, up, *rest = work.unit.writes
-    for source, target in zip(work.unit.reads, (gate, up), strict=True):
-        work.write(target, work.read(source))
-    for region in rest:
-        work.write(region, torch.zeros(region.shape))
-    return {}
-
-
-def _target(model: Model, name: str | None, *, sharing: bool) -> tuple[Family, MoE, DenseTarget]:
-    parent = model.family.model_type
-    fitting = {
-        family.model_type: (family, family.moe, family.target)
-        for family in families().values()
-        if family.moe is not None
-        and family.target is not None
-        and parent in family.target.parents
-        and (family.target.shared_size is not None or not sharing)
-    }
-    if not fitting:
-        kind = "with a shared expert " if sharing else ""
-        raise InputError(
-            f"{model.folder}: no supported MoE family {kind}holds the blocks of {parent}"
-        )
-    if name is None:
-        # A family that would need a neutral shared expert comes after those that do without.
-        plain = [found for found in fitting.values() if not found[2].neutral_shared]
-        return (plain or list(fitting.values()))[0]
-    if name not in fitting:
-        known = families().get(name)
-        holds = known is not None and known.target is not None and parent in known.target.parents
-        reason = "it has no shared expert" if holds else "its attention differs"
-        raise InputError(
-            f"{model.folder}: a {parent} model cannot become {name}: {reason}",
-            hint=f"for {parent} use --target {' or '.join(fitting)}",
-        )
-    return fitting[name]
-
-
-def _check_width(model: Model, width: int) -> None:
-    """Stock transformers multiplies all experts at once, with a kernel that wants rows of whole 16 bytes."""
-    for layer in model.layers:
-        size = element_bytes(model.dtype(layer.ffn["gate"].tensor))
-        if width * size % 16:
-            raise InputError(
-                f"{model.folder}: experts of {width} neurons do not run in stock transformers, "
-                f"whose grouped product takes multiples of {16 // size} in this type",
-                hint=f"choose a width that is a multiple of {16 // size}",
-            )
 
 
 def _specs(mixture: Mixture, layer: Layer) -> list[TensorSpec]:

@@ -1,4 +1,12 @@
-"""Routers made from a text for each expert: their rows, and what the texts' tokens would select."""
+"""Routers made from a text for each expert: their rows, and what the texts' tokens would select.
+
+With mu_e the mean input of the layer's feed-forward on the text of expert e, and c that on neutral text or, without
+one, the mean of all mu_e:
+
+    d_e = mu_e - c, less its part along c    row_e = d_e / (|d_e| T)
+
+so that what all texts share selects nothing: a token at c has equal logits.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +14,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...errors import InputError, UsageError
-from ...plan import Unit
 
 if TYPE_CHECKING:
     import torch
 
-    from ...architectures.model import Experts, Layer, Model
+    from ...architectures.model import Model
     from ...calibration.means import Means
     from ...execute import Work
 
@@ -26,51 +33,51 @@ def check(temperature: float) -> None:
         raise UsageError(f"--temperature should be above 0, is {temperature}")
 
 
-def router(layer: Layer, experts: Experts, *, temperature: float, neutral: bool) -> Unit:
-    """The unit that makes a layer's router."""
-    return Unit(
-        f"layer.{layer.index}.router",
-        "transform",
-        layer.index,
-        writes=(experts.router,),
-        params={"part": "domains", "temperature": temperature, "neutral": neutral},
-        memory=64 * experts.count * experts.hidden,
-    )
-
-
-def fill(work: Work) -> dict[str, object]:
-    """Run the unit of `router`.
+def router(work: Work, count: int) -> tuple[torch.Tensor, dict[str, object]]:
+    """The rows of a layer's router, float64 [count, D], and what the report says of them.
 
     Raises:
-        InputError: another number of texts than of models.
+        InputError: another number of texts than of rows, or a text that is not told from the others.
     """
     from ...calibration.means import Means
 
-    (target,) = work.unit.writes
-    statistics = Means.open(work.statistics)
-    mean_CD, neutral = statistics.mean(work.layer), work.params["neutral"]
-    if len(mean_CD) - neutral != target.shape[0]:
+    statistics, params = Means.open(work.statistics), work.params
+    names = statistics.domains
+    check_count(len(names), count, neutral=params["neutral"])
+    if params["init"] == "logistic":
+        rows_ED, metrics = _fitted(statistics, work.layer, params["l2"])
+    else:
+        rows_ED = rows(statistics.mean(work.layer), names, neutral=params["neutral"])
+        cosine_EE = rows_ED @ rows_ED.T
+        cosine_EE.fill_diagonal_(-1)
+        metrics = {"largest_cosine": float(cosine_EE.max())}
+    return rows_ED / params["temperature"], metrics
+
+
+def check_count(texts: int, experts: int, *, neutral: bool) -> None:
+    """Refuse another number of texts than of experts.
+
+    Raises:
+        InputError: there is.
+    """
+    if texts - neutral != experts:
         raise InputError(
-            f"{len(mean_CD)} texts for {target.shape[0]} models"
-            + (" and --neutral" if neutral else ""),
-            hint="give --data once for every model, in their order",
+            f"{texts} texts for {experts} experts" + (" and --neutral" if neutral else ""),
+            hint="give --data once for every expert or model, in their order",
         )
-    rows_ED = rows(mean_CD, statistics.domains, neutral=neutral)
-    work.write(target, rows_ED / work.params["temperature"])
-    cosine_EE = rows_ED @ rows_ED.T
-    cosine_EE.fill_diagonal_(-1)
-    return {"largest_cosine": float(cosine_EE.max())}
 
 
 def selected(model: Model, statistics: Means, *, neutral: bool) -> dict[str, Any]:
-    """What the texts' tokens would select first, by layer."""
-    return {
-        str(layer.index): {
+    """What the texts' tokens would select first, by layer, of rows from mean inputs."""
+    found = {}
+    for layer in model.layers:
+        index = layer.index
+        rows_ED = rows(statistics.mean(index), statistics.domains, neutral=neutral)
+        found[str(index)] = {
             "texts": statistics.domains,
-            **_selected(statistics, layer.index, neutral=neutral),
+            **_selected(statistics.samples(index), rows_ED),
         }
-        for layer in model.layers
-    }
+    return found
 
 
 def rows(mean_CD: torch.Tensor, names: Sequence[str], *, neutral: bool) -> torch.Tensor:
@@ -102,11 +109,29 @@ def rows(mean_CD: torch.Tensor, names: Sequence[str], *, neutral: bool) -> torch
     return found_ED
 
 
-def _selected(statistics: Means, layer: int, *, neutral: bool) -> dict[str, object]:
+def _fitted(statistics: Means, layer: int, l2: float) -> tuple[torch.Tensor, dict[str, object]]:
+    """A logistic router's rows, how well they tell the texts apart, and what tokens would select."""
     import torch
 
-    samples = statistics.samples(layer)
-    rows_ED = rows(statistics.mean(layer), statistics.domains, neutral=neutral)
+    from ...linalg.logistic import accuracy, fit, held_out
+
+    samples, count = statistics.samples(layer), len(statistics.domains)
+    x_ND = torch.cat(samples)
+    label_N = torch.arange(count).repeat_interleave(torch.tensor([len(x) for x in samples]))
+    out_N = torch.cat([held_out(numbers_N) for numbers_N in statistics.sequences(layer)])
+    partly_ED = fit(x_ND[~out_N], label_N[~out_N], count, l2=l2)
+    metrics: dict[str, object] = {
+        "accuracy_held_out": round(accuracy(x_ND[out_N], label_N[out_N], partly_ED), 4)
+    }
+    rows_ED = fit(x_ND, label_N, count, l2=l2)
+    metrics["accuracy"] = round(accuracy(x_ND, label_N, rows_ED), 4)
+    return rows_ED, {**metrics, **_selected(samples, rows_ED)}
+
+
+def _selected(samples: Sequence[torch.Tensor], rows_ED: torch.Tensor) -> dict[str, object]:
+    """``selected`` [text, expert]: shares of each text's sampled tokens; ``load``: their mean over texts."""
+    import torch
+
     experts = len(rows_ED)
     counts_CE = torch.stack(
         [

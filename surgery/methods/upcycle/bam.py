@@ -42,6 +42,8 @@ from ..base import Draft, Exactness, MethodInfo, option
 from . import _attentions as attentions
 from . import _branches as branches
 from . import _common as common
+from . import _routers as routers
+from ._routers import RouterOptions
 
 if TYPE_CHECKING:
     from ...architectures.model import Experts, Layer, Model
@@ -59,7 +61,7 @@ ROUTER = "expert_router"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(RouterOptions):
     """What the user chooses."""
 
     kv: str = option(
@@ -82,7 +84,6 @@ class Options:
     target: str | None = option(
         None, "MoE family to write; by default the one that fits the parents"
     )
-    router_std: float = option(0.02, "standard deviation of the routers' random rows")
 
 
 def plan(models: Sequence[Model], options: Options) -> Draft:
@@ -100,6 +101,7 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
     gates = _gates(options.gates, count) if options.fold_gates else None
     top_k = options.top_k if options.top_k is not None else 2 if options.fold_gates else 1
     common.check_counts(count, top_k, options.router_std)
+    routers.check(options, count, top_k)
     attention = attentions.Attentions(first, count, options.kv == "shared", gates)
     attention.check()
     mixture = common.grow(
@@ -121,7 +123,7 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
 
     def fill(layer: Layer, experts: Experts) -> tuple[list[Unit], common.Moves]:
         units = [
-            common.router_unit(layer, experts, options.router_std),
+            routers.unit(layer, experts, options),
             *common.neutral_units(mixture, layer),
         ]
         if not options.fold_gates:
@@ -133,7 +135,11 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
 
     exactness = _exactness(mixture, models, options, top_k, gates)
     draft = common.draft(mixture, fill, exactness, keep=keep, shapes=shapes, notes=notes)
+    draft = routers.asking(draft, options, count)
     return draft if options.fold_gates else _custom(draft, mixture, attention, options)
+
+
+decide = routers.decide
 
 
 def transform(work: Work) -> dict[str, object]:

@@ -2,7 +2,8 @@
 
 Branch-Train-MiX (arXiv:2403.07816). Expert e of every layer is model e's feed-forward, byte for byte; attention, norms,
 embeddings and head are the plain mean over the N models, summed in float64 and rounded once to the stored type; the
-router is new, N(0, std^2). The published recipe counts the seed model among the experts and selects two per token.
+router is new, N(0, std^2), or made from a text for each model (``--router-init``), which the first one reads. The
+published recipe counts the seed model among the experts and selects two per token.
 
     MoE(x) = sum_{i in top-k} w_i(x) FFN_i(x),    theta = (1 / N) sum_i theta_i
 
@@ -23,6 +24,8 @@ from ...plan import Unit
 from ..base import Draft, Exactness, MethodInfo, option
 from . import _branches as branches
 from . import _common as common
+from . import _routers as routers
+from ._routers import RouterOptions
 
 if TYPE_CHECKING:
     from ...architectures.model import Experts, Layer, Model
@@ -37,14 +40,13 @@ INFO = MethodInfo(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(RouterOptions):
     """What the user chooses."""
 
     top_k: int = option(2, "experts each token selects")
     target: str | None = option(
         None, "MoE family to write; by default the one that fits the parents"
     )
-    router_std: float = option(0.02, "standard deviation of the router's random rows")
 
 
 def plan(models: Sequence[Model], options: Options) -> Draft:
@@ -57,10 +59,11 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
     first = models[0]
     notes = branches.check(models)
     common.check_counts(len(models), options.top_k, options.router_std)
+    routers.check(options, len(models), options.top_k)
     mixture = common.grow(first, experts=len(models), top_k=options.top_k, target=options.target)
 
     def fill(layer: Layer, experts: Experts) -> tuple[list[Unit], common.Moves]:
-        router = common.router_unit(layer, experts, options.router_std)
+        router = routers.unit(layer, experts, options)
         return [router, *common.neutral_units(mixture, layer)], branches.experts(
             models, layer, experts
         )
@@ -68,7 +71,12 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
     def keep(name: str, layer: int | None) -> list[Unit]:
         return branches.averages(first.whole(name), len(models), layer)
 
-    return common.draft(mixture, fill, _exactness(mixture, models), keep=keep, notes=notes)
+    exactness = _exactness(mixture, models)
+    draft = common.draft(mixture, fill, exactness, keep=keep, notes=notes)
+    return routers.asking(draft, options, len(models))
+
+
+decide = routers.decide
 
 
 def transform(work: Work) -> dict[str, object]:

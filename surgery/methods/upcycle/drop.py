@@ -32,6 +32,7 @@ from ...errors import InputError, UsageError
 from ...plan import Unit
 from ..base import Draft, Exactness, MethodInfo, option
 from . import _common as common
+from . import _routers as routers
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,7 +51,7 @@ INFO = MethodInfo(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(common.GrowOptions):
+class Options(common.RoutedOptions):
     """What the user chooses."""
 
     reinit: float = option(0.5, "fraction r of each expert's neurons that is drawn anew")
@@ -77,6 +78,7 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
     """
     model = common.one_dense(models, "drop-upcycling")
     common.check_counts(options.experts, options.top_k, options.router_std)
+    routers.check(options, options.experts, options.top_k)
     if not 0 <= options.reinit <= 1:
         raise UsageError(f"--reinit {options.reinit} should be between 0 and 1")
     neurons = model.config.integer("intermediate_size")
@@ -91,7 +93,7 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
     )
 
     def fill(layer: Layer, experts: Experts) -> tuple[list[Unit], common.Moves]:
-        units = [common.router_unit(layer, experts, options.router_std)]
+        units = [routers.unit(layer, experts, options)]
         for expert in range(experts.count):
             stream, first = ("routed", expert * width) if options.preset else (f"{expert}", 0)
             writes = tuple(experts.region(expert, projection) for projection in PROJECTIONS)
@@ -103,7 +105,11 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
             units.append(_unit(layer, "shared", regions, "shared", 0, options))
         return units, []
 
-    return common.draft(mixture, fill, _exactness(mixture, options, width == neurons))
+    draft = common.draft(mixture, fill, _exactness(mixture, options, width == neurons))
+    return routers.asking(draft, options, options.experts)
+
+
+decide = routers.decide
 
 
 def transform(work: Work) -> dict[str, object]:

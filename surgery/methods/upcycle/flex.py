@@ -12,6 +12,8 @@ public one's first; with mu_e the mean input of the layer's feed-forward on text
 
     d_e = mu_e - c, less its part along c    row_e = d_e / (|d_e| T)
 
+``--router-init prompts`` and ``logistic`` are those of ``prompts``.
+
 Deviations: FlexOlmo's rows are mean document embeddings of another model of the same width, one vector for all
 layers, neither centred nor of one length; here the public model itself reads the text and every layer has its
 own rows, so nothing is downloaded. Rows need no training, and none of the paper's biases on contributors'
@@ -30,7 +32,8 @@ from ...plan import Unit
 from ..base import Draft, Exactness, MethodInfo, option
 from . import _branches as branches
 from . import _common as common
-from . import _texts as texts
+from . import _routers as routers
+from ._routers import TextRouterOptions
 
 if TYPE_CHECKING:
     from ...architectures.model import Experts, Layer, Model
@@ -46,17 +49,13 @@ INFO = MethodInfo(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(TextRouterOptions):
     """What the user chooses."""
 
     top_k: int = option(2, "experts each token selects")
     target: str | None = option(
         None, "MoE family to write; by default the one that fits the parents"
     )
-    neutral: bool = option(
-        False, "the last --data is neutral text, which the others are centred by"
-    )
-    temperature: float = option(1.0, "divides the router's rows, which have length one")
 
 
 def plan(models: Sequence[Model], options: Options) -> Draft:
@@ -68,15 +67,12 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
     """
     first, count = models[0], len(models)
     notes = branches.check(models)
-    common.check_counts(count, options.top_k, 1.0)
-    texts.check(options.temperature)
+    common.check_counts(count, options.top_k)
+    routers.check(options, len(models), options.top_k)
     mixture = common.grow(first, experts=count, top_k=options.top_k, target=options.target)
 
     def fill(layer: Layer, experts: Experts) -> tuple[list[Unit], common.Moves]:
-        router = texts.router(
-            layer, experts, temperature=options.temperature, neutral=options.neutral
-        )
-        units = [router, *common.neutral_units(mixture, layer)]
+        units = [routers.unit(layer, experts, options), *common.neutral_units(mixture, layer)]
         return units, branches.experts(models, layer, experts)
 
     def keep(name: str, layer: int | None) -> list[Unit]:
@@ -89,12 +85,13 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
         exactness = common.identical_experts(mixture)
     else:
         exactness = Exactness("approximate", "experts of different files are mixed")
-    return common.draft(mixture, fill, exactness, keep=keep, notes=notes)
+    draft = common.draft(mixture, fill, exactness, keep=keep, notes=notes)
+    return routers.asking(draft, options, len(models))
 
 
 def decide(model: Model, options: Options, statistics: Means, seed: int) -> dict[str, Any]:
     """What the texts' tokens would select first, by layer; decides nothing else."""
-    return texts.selected(model, statistics, neutral=options.neutral)
+    return routers.decide(model, options, statistics, seed)
 
 
 def transform(work: Work) -> dict[str, object]:
@@ -102,8 +99,6 @@ def transform(work: Work) -> dict[str, object]:
     import torch
 
     part = work.params["part"]
-    if part == "domains":
-        return texts.fill(work)
     if part != "same":
         return common.fill_common(work) or {}
     (target,) = work.unit.writes

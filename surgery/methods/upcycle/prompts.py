@@ -9,7 +9,9 @@ mean of all mu_e:
 
     d_e = mu_e - c, less its part along c    row_e = d_e / (|d_e| T)
 
-``--temperature`` T: large ones give softer weights; selections do not change.
+``--temperature`` T: large ones give softer weights; selections do not change. ``--router-init prompts`` reads each line
+of a text by itself, all of them counting equally; ``--router-init logistic`` fits a logistic regression that tells
+the texts apart.
 
 Differences from mergekit, where it is at fault: rows come from the feed-forward's input, which is what the router sees,
 instead of the layer's input; padding counts nowhere and every token does, instead of the last position's; they are
@@ -28,7 +30,8 @@ from typing import TYPE_CHECKING, Any
 from ..base import Draft, Exactness, MethodInfo, option
 from . import _branches as branches
 from . import _common as common
-from . import _texts as texts
+from . import _routers as routers
+from ._routers import TextRouterOptions
 
 if TYPE_CHECKING:
     from ...architectures.model import Experts, Layer, Model
@@ -45,7 +48,7 @@ INFO = MethodInfo(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(TextRouterOptions):
     """What the user chooses."""
 
     top_k: int = option(2, "experts each token selects")
@@ -57,10 +60,6 @@ class Options:
         "everything but the feed-forwards: the first model's, or the mean of all",
         choices=("base", "mean"),
     )
-    neutral: bool = option(
-        False, "the last --data is neutral text, which the others are centred by"
-    )
-    temperature: float = option(1.0, "divides the router's rows, which have length one")
 
 
 def plan(models: Sequence[Model], options: Options) -> Draft:
@@ -72,15 +71,12 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
     """
     first = models[0]
     notes = branches.check(models)
-    common.check_counts(len(models), options.top_k, 1.0)
-    texts.check(options.temperature)
+    common.check_counts(len(models), options.top_k)
+    routers.check(options, len(models), options.top_k)
     mixture = common.grow(first, experts=len(models), top_k=options.top_k, target=options.target)
 
     def fill(layer: Layer, experts: Experts) -> tuple[list[Unit], common.Moves]:
-        router = texts.router(
-            layer, experts, temperature=options.temperature, neutral=options.neutral
-        )
-        units = [router, *common.neutral_units(mixture, layer)]
+        units = [routers.unit(layer, experts, options), *common.neutral_units(mixture, layer)]
         return units, branches.experts(models, layer, experts)
 
     def averaged(name: str, layer: int | None) -> list[Unit]:
@@ -91,12 +87,13 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
     else:
         exactness = Exactness("approximate", "experts of different files are mixed")
     keep = averaged if options.rest == "mean" else None
-    return common.draft(mixture, fill, exactness, keep=keep, notes=notes)
+    draft = common.draft(mixture, fill, exactness, keep=keep, notes=notes)
+    return routers.asking(draft, options, len(models))
 
 
 def decide(model: Model, options: Options, statistics: Means, seed: int) -> dict[str, Any]:
     """What the texts' tokens would select first, by layer; decides nothing else."""
-    return texts.selected(model, statistics, neutral=options.neutral)
+    return routers.decide(model, options, statistics, seed)
 
 
 def transform(work: Work) -> dict[str, object]:
@@ -104,6 +101,4 @@ def transform(work: Work) -> dict[str, object]:
     part = work.params["part"]
     if part == "mean":
         return branches.mean(work)
-    if part == "domains":
-        return texts.fill(work)
     return common.fill_common(work) or {}

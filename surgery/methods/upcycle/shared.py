@@ -36,6 +36,7 @@ from ...errors import InputError, UsageError
 from ...plan import Unit
 from ..base import Draft, Exactness, MethodInfo, option
 from . import _common as common
+from . import _routers as routers
 from ._isolation import distribute, segment, unit
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ INFO = MethodInfo(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(common.GrowOptions):
+class Options(common.RoutedOptions):
     """What the user chooses."""
 
     expert_width: int | None = option(
@@ -75,6 +76,7 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
     """
     model = common.one_dense(models, "shared-expert upcycling")
     common.check_counts(options.experts, options.top_k, options.router_std)
+    routers.check(options, options.experts, 1 if options.preset == "residual" else options.top_k)
     neurons = model.config.integer("intermediate_size")
     if options.preset == "isolated":
         return _plan_isolated(model, options, neurons)
@@ -90,7 +92,7 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
         mixture = _grow(model, options, top_k, width, neurons, {"norm_topk_prob": False})
 
     def fill(layer: Layer, experts: Experts) -> tuple[list[Unit], common.Moves]:
-        units = [common.router_unit(layer, experts, options.router_std)]
+        units = [routers.unit(layer, experts, options)]
         own, moves = common.whole_shared(mixture, layer)
         units.extend(own)
         if width == neurons:
@@ -100,7 +102,9 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
         return units, moves
 
     reason = "the shared expert is the dense feed-forward, and routed experts add zero"
-    return common.draft(mixture, fill, Exactness("exact", reason))
+    return routers.asking(
+        common.draft(mixture, fill, Exactness("exact", reason)), options, options.experts
+    )
 
 
 def _plan_isolated(model: Model, options: Options, neurons: int) -> Draft:
@@ -112,13 +116,14 @@ def _plan_isolated(model: Model, options: Options, neurons: int) -> Draft:
     mixture = _grow(model, options, options.top_k, width, width * options.isolated, {})
 
     def fill(layer: Layer, experts: Experts) -> tuple[list[Unit], common.Moves]:
-        router = common.router_unit(layer, experts, options.router_std)
+        router = routers.unit(layer, experts, options)
         return [router, unit(mixture, layer, experts)], []
 
     reason = "of the routed neurons only those of selected experts work"
     if options.top_k == options.experts:
         reason = "routed experts all work, weighed by the router"
-    return common.draft(mixture, fill, Exactness("approximate", reason))
+    draft = common.draft(mixture, fill, Exactness("approximate", reason))
+    return routers.asking(draft, options, options.experts)
 
 
 def _grow(
@@ -138,6 +143,9 @@ def _grow(
         shared_width=shared,
         changes=changes,
     )
+
+
+decide = routers.decide
 
 
 def transform(work: Work) -> dict[str, object]:

@@ -2,7 +2,7 @@
 
 Sparse Upcycling (Komatsuzaki et al. 2022, arXiv:2212.05055). All other weights are copied byte for byte. The
 router is drawn from N(0, std^2), std 0.02 by default: a row of unit variance would make routing nearly one-hot,
-since normalised inputs have length sqrt(D).
+since normalised inputs have length sqrt(D). ``--router-init`` starts it otherwise, also from a text for each expert.
 
 The copies are identical, so the mixture is the sum of the selected weights times the dense feed-forward: it
 equals the dense model exactly where the target's router normalises those weights to one, for any router and any
@@ -24,6 +24,7 @@ from ...errors import UsageError
 from ...plan import Unit
 from ..base import Draft, Exactness, MethodInfo, option
 from . import _common as common
+from . import _routers as routers
 
 if TYPE_CHECKING:
     from ...architectures.model import Experts, Layer, Model
@@ -38,7 +39,7 @@ INFO = MethodInfo(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(common.GrowOptions):
+class Options(common.RoutedOptions):
     """What the user chooses."""
 
     noise: float = option(0.0, "standard deviation of noise added to the experts")
@@ -54,6 +55,7 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
     """
     model = common.one_dense(models, "sparse upcycling")
     common.check_counts(options.experts, options.top_k, options.router_std)
+    routers.check(options, options.experts, options.top_k)
     if not options.noise >= 0 or not 0 <= options.noise_fraction <= 1:
         raise UsageError("--noise should be at least 0 and --noise-fraction between 0 and 1")
     mixture = common.grow(
@@ -62,7 +64,7 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
 
     def fill(layer: Layer, experts: Experts) -> tuple[list[Unit], common.Moves]:
         units = [
-            common.router_unit(layer, experts, options.router_std),
+            routers.unit(layer, experts, options),
             *common.neutral_units(mixture, layer),
         ]
         if options.noise:
@@ -72,7 +74,10 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
     exactness = common.identical_experts(mixture)
     if options.noise and options.noise_fraction:
         exactness = Exactness("approximate", "noise was added to the experts")
-    return common.draft(mixture, fill, exactness)
+    return routers.asking(common.draft(mixture, fill, exactness), options, options.experts)
+
+
+decide = routers.decide
 
 
 def transform(work: Work) -> dict[str, object]:

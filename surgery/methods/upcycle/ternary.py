@@ -37,6 +37,7 @@ from ...modeling import custom_config, files
 from ...plan import Unit
 from ..base import Draft, Exactness, MethodInfo, option
 from . import _common as common
+from . import _routers as routers
 
 if TYPE_CHECKING:
     from ...architectures.model import Experts, Layer, Model
@@ -53,7 +54,7 @@ KEY = "moesurg_ternary_experts"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(common.GrowOptions):
+class Options(common.RoutedOptions):
     """What the user chooses."""
 
     top_k: int = option(1, "experts each token selects")
@@ -83,6 +84,7 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
     """
     model = common.one_dense(models, "ternary upcycling")
     common.check_counts(options.experts, options.top_k, options.router_std)
+    routers.check(options, options.experts, options.top_k)
     neurons = model.config.integer("intermediate_size")
     mixture = _grow(model, options, neurons, {})
     if "norm_topk_prob" in mixture.raw:
@@ -109,13 +111,14 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
 
     def fill(layer: Layer, experts: Experts) -> tuple[list[Unit], common.Moves]:
         units, moves = common.whole_shared(mixture, layer)
-        units.append(common.router_unit(layer, experts, options.router_std))
+        units.append(routers.unit(layer, experts, options))
         for part in PROJECTIONS:
             zero = part == "down" and options.start == "zero"
             units.append(_unit(layer, experts, part, packed=packed, zero=zero))
         return units, moves
 
     draft = common.draft(mixture, fill, _exactness(options), notes=notes)
+    draft = routers.asking(draft, options, options.experts)
     if not packed:
         return draft
     first = mixture.experts[model.layers[0].index]
@@ -132,6 +135,9 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
         tier="custom",
         files=files(),
     )
+
+
+decide = routers.decide
 
 
 def transform(work: Work) -> dict[str, object]:

@@ -34,6 +34,7 @@ from ...errors import InputError, UsageError
 from ...plan import Unit
 from ..base import Draft, Exactness, MethodInfo, option
 from . import _common as common
+from . import _routers as routers
 
 if TYPE_CHECKING:
     from ...architectures.model import Experts, Layer, Model
@@ -48,7 +49,7 @@ INFO = MethodInfo(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(common.GrowOptions):
+class Options(common.RoutedOptions):
     """What the user chooses."""
 
     granularity: int | None = option(None, "shards G of the feed-forward; a preset may fix it")
@@ -71,6 +72,7 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
     model = common.one_dense(models, "upcycling with virtual groups")
     common.check_counts(options.experts, options.top_k, options.router_std)
     shards = _granularity(options)
+    routers.check(options, options.experts, options.top_k, repeat=shards)
     neurons = model.config.integer("intermediate_size")
     for name, value in (
         ("--experts", options.experts),
@@ -107,7 +109,7 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
 
     def fill(layer: Layer, experts: Experts) -> tuple[list[Unit], common.Moves]:
         units = [
-            common.router_unit(layer, experts, options.router_std, repeat=shards),
+            routers.unit(layer, experts, options, repeat=shards),
             *common.neutral_units(mixture, layer),
         ]
         moves: common.Moves = []
@@ -118,7 +120,11 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
                 units.append(_unit(layer, experts, projection, shards, factors[projection]))
         return units, moves
 
-    return common.draft(mixture, fill, _exactness(mixture, options, shards))
+    draft = common.draft(mixture, fill, _exactness(mixture, options, shards))
+    return routers.asking(draft, options, options.experts // shards)
+
+
+decide = routers.decide
 
 
 def transform(work: Work) -> dict[str, object]:
