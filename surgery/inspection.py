@@ -272,8 +272,10 @@ def _targets(model: Model) -> list[dict[str, object]]:
             continue
         rule = family.moe.rule(Config(raw, family.defaults, family.model_type))
         row = {"family": family.model_type, "possible": True, **_identical(rule)}
-        if family.target.neutral_shared:
-            row["adds_shared_expert"] = family.target.neutral_shared
+        shapes = family.moe.shared(Config(raw, family.defaults, family.model_type))
+        added = {r: name for r, name in family.target.neutral_shared.items() if name in shapes}
+        if added:
+            row["adds_shared_expert"] = added
         found.append(row)
     return found
 

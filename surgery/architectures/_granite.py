@@ -1,7 +1,7 @@
 """Facts that the Granite families share. Not a family of its own."""
 
 from .base import RouterRule, attention_shapes
-from .config import Config
+from .config import Config, both_rope_spellings, refuse_flag
 from .layouts import ExpertLayout, fused
 
 HUB = ExpertLayout(
@@ -51,3 +51,18 @@ def granite_rule(config: Config) -> RouterRule:
 
 def logits_divisor(config: Config) -> float:
     return config.number("logits_scaling", 1.0)
+
+
+def from_dense(parent: Config, experts: int, top_k: int) -> dict[str, object]:
+    """The config of a mixture with a dense Granite's blocks, whose multipliers stay as they are."""
+    config = parent.completed()
+    refuse_flag(parent, "mlp_bias", "GraniteMoE has no biases in its experts")
+    config.pop("mlp_bias", None)
+    config.update(
+        num_local_experts=experts,
+        num_experts=experts,
+        num_experts_per_tok=top_k,
+        output_router_logits=False,
+        router_aux_loss_coef=0.001,
+    )
+    return both_rope_spellings(config)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ..checkpoint.region import Region
 from .config import Config
 from .layouts import FUSED, ExpertLayout
 from .layouts import PROJECTIONS as PROJECTIONS
@@ -111,8 +112,9 @@ class DenseTarget:
         parents: model types whose attention, norms and embeddings it holds unchanged.
         config: the MoE config for (parent's config, experts, top_k); raises InputError with the reason where
             this parent cannot be held.
-        neutral_shared: for families that require a shared expert, the names below the layer's prefix of its
-            ``gate``, ``up`` and ``down`` and, where there is one, of the sigmoid ``switch`` in front of it.
+        neutral_shared: for families with a shared expert, the names below the layer's prefix of its ``gate``, ``up``
+            (or both in one, ``gate_up``) and ``down`` and, where there is one, of the sigmoid ``switch`` in front of
+            it. A family that requires one gets a neutral one where none is asked for.
         shared_size: for families with a shared expert, the config values (config so far, width) that make it so
             wide; raises InputError where the family cannot have that width.
     """
@@ -121,6 +123,25 @@ class DenseTarget:
     config: Callable[[Config, int, int], dict[str, object]]
     neutral_shared: Mapping[str, str] = field(default_factory=dict)
     shared_size: Callable[[Mapping[str, object], int], Mapping[str, object]] | None = None
+
+    def shared_parts(self, prefix: str, shapes: Shapes) -> dict[str, Region]:
+        """A layer's ``gate``, ``up``, ``down`` and, where there is one, ``switch``; nothing without a shared expert.
+
+        Args:
+            prefix: of the layer.
+            shapes: of the shared expert's tensors, by name below it.
+        """
+        found: dict[str, Region] = {}
+        for role, name in self.neutral_shared.items():
+            if name not in shapes:
+                continue
+            region = Region(prefix + name, shapes[name])
+            if role == "gate_up":
+                half = region.shape[0] // 2
+                found |= {"gate": region.rows(0, half), "up": region.rows(half, 2 * half)}
+            else:
+                found[role] = region
+        return found
 
 
 @dataclass(frozen=True)

@@ -1,23 +1,15 @@
 """Granite 3 mixtures: Llama's attention with multipliers, experts stacked in the Hub's own names."""
 
-from ._granite import DEFAULTS, HUB, STOCK, granite_attention, granite_rule, logits_divisor
+from ._granite import (
+    DEFAULTS,
+    HUB,
+    STOCK,
+    from_dense,
+    granite_attention,
+    granite_rule,
+    logits_divisor,
+)
 from .base import DenseTarget, Family, MoE
-from .config import Config, both_rope_spellings, refuse_flag
-
-
-def _from_dense(parent: Config, experts: int, top_k: int) -> dict[str, object]:
-    config = parent.completed()
-    refuse_flag(parent, "mlp_bias", "GraniteMoE has no biases in its experts")
-    config.pop("mlp_bias", None)
-    config.update(
-        num_local_experts=experts,
-        num_experts=experts,
-        num_experts_per_tok=top_k,
-        output_router_logits=False,
-        router_aux_loss_coef=0.001,
-    )
-    return both_rope_spellings(config)
-
 
 FAMILY = Family(
     model_type="granitemoe",
@@ -33,5 +25,5 @@ FAMILY = Family(
         stock=STOCK,
     ),
     logits_divisor=logits_divisor,
-    target=DenseTarget(("granite",), _from_dense),
+    target=DenseTarget(("granite",), from_dense),
 )

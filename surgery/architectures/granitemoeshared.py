@@ -1,8 +1,21 @@
 """Granite mixtures with one ungated shared feed-forward of ``shared_intermediate_size`` neurons (0: none)."""
 
-from ._granite import DEFAULTS, HUB, STOCK, granite_attention, granite_rule, logits_divisor
-from .base import Family, MoE, Shapes
+from ._granite import (
+    DEFAULTS,
+    HUB,
+    STOCK,
+    from_dense,
+    granite_attention,
+    granite_rule,
+    logits_divisor,
+)
+from .base import DenseTarget, Family, MoE, Shapes
 from .config import Config
+
+SHARED = {
+    "gate_up": "shared_mlp.input_linear.weight",
+    "down": "shared_mlp.output_linear.weight",
+}
 
 
 def _shared(config: Config) -> Shapes:
@@ -10,9 +23,13 @@ def _shared(config: Config) -> Shapes:
         return {}
     width = config.integer("shared_intermediate_size")
     return {
-        "shared_mlp.input_linear.weight": (2 * width, config.hidden),
-        "shared_mlp.output_linear.weight": (config.hidden, width),
+        SHARED["gate_up"]: (2 * width, config.hidden),
+        SHARED["down"]: (config.hidden, width),
     }
+
+
+def _from_dense(parent: Config, experts: int, top_k: int) -> dict[str, object]:
+    return {**from_dense(parent, experts, top_k), "shared_intermediate_size": 0}
 
 
 FAMILY = Family(
@@ -30,4 +47,11 @@ FAMILY = Family(
         stock=STOCK,
     ),
     logits_divisor=logits_divisor,
+    # The residual multiplier is on the sum of both parts, as it is on the dense feed-forward.
+    target=DenseTarget(
+        ("granite",),
+        _from_dense,
+        SHARED,
+        lambda raw, width: {"shared_intermediate_size": width},
+    ),
 )

@@ -26,6 +26,8 @@ from .moesurg_mixtures import KEY as MIXTURES
 from .moesurg_mixtures import apply as apply_mixtures
 from .moesurg_null_experts import KEY as NULL_EXPERTS
 from .moesurg_null_experts import apply as apply_null_experts
+from .moesurg_read_me import KEY as READ_ME
+from .moesurg_read_me import apply as apply_read_me
 from .moesurg_shared_experts import KEY as SHARED_EXPERTS
 from .moesurg_shared_experts import apply as apply_shared_experts
 from .moesurg_ternary_experts import KEY as TERNARY_EXPERTS
@@ -38,6 +40,7 @@ PARTS = (
     (LOWRANK_EXPERTS, apply_lowrank_experts),
     (SHARED_EXPERTS, apply_shared_experts),
     (TERNARY_EXPERTS, apply_ternary_experts),
+    (READ_ME, apply_read_me),
     (LINEARS, apply_linears),
     (MIXED_LINEARS, apply_mixed_linears),
 )

@@ -75,6 +75,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "adapter extract": {"rest": "skip", "rank": 3},
     "compress mobe": {"steps": 3},
     "compress slbf": {"steps": 3},
+    "upcycle read-me": {"experts": 2},
     "upcycle split": {"experts": 2},
     "upcycle virtual-groups": {"granularity": 2},
     "convert layout": {"layout": "fused"},

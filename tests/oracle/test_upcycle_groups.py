@@ -150,7 +150,7 @@ def test_what_breaks_the_identity_is_refused(
         operate("upcycle", "virtual-groups", checkpoint("llama"), tmp_path / "moe", **options)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "granite"])
 @pytest.mark.parametrize("width", [None, 20])
 def test_a_shared_feed_forward_is_exact_for_any_router(
     checkpoint: Checkpoint, tmp_path: Path, family: str, width: int | None
@@ -202,3 +202,27 @@ def test_families_without_a_shared_expert_are_refused(
 ) -> None:
     with pytest.raises(InputError, match=sentence):
         operate("upcycle", "shared", checkpoint(family), tmp_path / "moe", experts=2, **options)
+
+
+def test_granite_keeps_its_feed_forward_in_one_matrix_of_gate_and_up(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """The multipliers stay, and so does which family is written where no shared expert is asked for."""
+    source = checkpoint("granite", dtype="bfloat16", residual_multiplier=0.3, logits_scaling=7.0)
+    operate("upcycle", "shared", source, tmp_path / "moe", experts=3, expert_width=16)
+    dense, moe = tensors(source), tensors(tmp_path / "moe")
+    ffn, prefix = "model.layers.1.mlp.", "model.layers.1.shared_mlp."
+    both = torch.cat([dense[f"{ffn}gate_proj.weight"], dense[f"{ffn}up_proj.weight"]])
+    assert torch.equal(moe[f"{prefix}input_linear.weight"], both)
+    assert torch.equal(moe[f"{prefix}output_linear.weight"], dense[f"{ffn}down_proj.weight"])
+    config = stock(tmp_path / "moe").config
+    assert config.model_type == "granitemoeshared"
+    assert (config.residual_multiplier, config.logits_scaling) == (0.3, 7.0)
+    assert config.shared_intermediate_size == both.shape[0] // 2
+    operate("upcycle", "sparse", source, tmp_path / "plain", experts=3)
+    assert stock(tmp_path / "plain").config.model_type == "granitemoe"
+    named = {"experts": 3, "target": "granitemoeshared"}
+    result = operate("upcycle", "sparse", source, tmp_path / "named", **named)
+    assert result["exactness"]["kind"] == "exact"
+    assert stock(tmp_path / "named").config.shared_intermediate_size == 0
+    assert drift(source, tmp_path / "named") < 1e-4

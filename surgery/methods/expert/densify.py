@@ -92,8 +92,9 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
         raise InputError(
             f"{model.folder}: experts of {model.family.model_type} are no plain feed-forwards of a dense model"
         )
-    shared = _shared(model) if options.shared == "keep" else {}
-    width = experts.width + (shared["gate"][1][0] if shared else 0)
+    keep = options.shared == "keep"
+    shared = _shared(model, "") if keep else {}
+    width = experts.width + (shared["gate"].shape[0] if shared else 0)
     for layer in model.layers:
         check = layer.experts is None and layer.ffn["gate"].shape[0] != width
         if check:
@@ -108,7 +109,7 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
     tensors, units = replaced(
         model,
         lambda layer: _specs(model, layer, family, width),
-        lambda layer: [_unit(model, layer, family, width, shared, options)],
+        lambda layer: [_unit(model, layer, family, width, keep, options)],
         without=dropped,
     )
     return Draft(
@@ -198,8 +199,8 @@ def _average(
     return total, {"distance_before": before, "distance_after": after} if align else {}
 
 
-def _shared(model: Model) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name below a layer and shape of the shared expert's parts by role; nothing where there is none.
+def _shared(model: Model, prefix: str) -> dict[str, Region]:
+    """The parts of a layer's shared expert by role; nothing where there is none.
 
     Raises:
         InputError: a shared expert whose parts are not known one by one.
@@ -208,9 +209,8 @@ def _shared(model: Model) -> dict[str, tuple[str, tuple[int, ...]]]:
     shapes = {} if moe is None else moe.shared(model.config)
     if not shapes:
         return {}
-    roles = {} if target is None else target.neutral_shared
-    found = {role: (name, tuple(shapes[name])) for role, name in roles.items() if name in shapes}
-    if set(shapes) != {name for name, _ in found.values()}:
+    found = {} if target is None else target.shared_parts(prefix, shapes)
+    if {prefix + name for name in shapes} != {region.tensor for region in found.values()}:
         raise InputError(
             f"{model.folder}: shared experts of {model.family.model_type} cannot be put beside others",
             hint="--shared drop leaves them out",
@@ -309,16 +309,15 @@ def _unit(
     layer: Layer,
     family: Family,
     width: int,
-    shared: Mapping[str, tuple[str, tuple[int, ...]]],
+    keep: bool,
     options: Options,
 ) -> Unit:
     experts = mixture(layer)
     reads = [
         experts.region(expert, part) for expert in range(experts.count) for part in PROJECTIONS
     ]
-    reads += [
-        Region(layer.prefix + shared[role][0], shared[role][1]) for role in PROJECTIONS if shared
-    ]
+    shared = _shared(model, layer.prefix) if keep else {}
+    reads += [shared[role] for role in PROJECTIONS if shared]
     size = experts.hidden * experts.width
     return Unit(
         f"layer.{layer.index}.ffn",

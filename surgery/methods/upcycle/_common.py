@@ -72,12 +72,7 @@ class Mixture:
 
     def shared(self, layer: Layer) -> dict[str, Region]:
         """The shared expert's ``gate``, ``up``, ``down`` and, where it has one, ``switch``; or nothing."""
-        shapes = self.moe.shared(self.config)
-        return {
-            role: Region(layer.prefix + name, shapes[name])
-            for role, name in self.target.neutral_shared.items()
-            if name in shapes
-        }
+        return self.target.shared_parts(layer.prefix, self.moe.shared(self.config))
 
 
 def one_dense(models: Sequence[Model], method: str) -> Model:
