@@ -44,6 +44,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "drop": {"target": "qwen2_moe"},
     "shared": {},
     "ternary": {"form": "dense"},
+    "split": {"by": "coactivation", "rows": 200},
     "virtual-groups": {"granularity": 2, "experts": 6},
     "btx": {},
     "bam": {},
@@ -74,7 +75,7 @@ def test_every_method_takes_rows_from_texts(
     assert sum(found["decisions"]["1"]["load"]) == pytest.approx(1, abs=1e-3)
     if name != "bam":
         assert found["exactness"]["kind"] == (
-            "approximate" if name in {"drop", "ternary"} else "exact"
+            "approximate" if name in {"drop", "split", "ternary"} else "exact"
         )
         if found["exactness"]["kind"] == "exact":
             assert drift(source, output) < 1e-4
@@ -213,3 +214,14 @@ def test_there_is_a_text_for_every_expert(
         operate("upcycle", "sparse", source, output, data=texts, experts=4, router_init="logistic")
     with pytest.raises(UsageError, match="uses no statistics"):
         operate("upcycle", "sparse", source, output, data=texts, experts=3)
+
+
+def test_parts_of_a_feed_forward_take_routers_too(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """All parts on with equal weights are the dense model; a router is chosen once."""
+    source, output = checkpoint("llama"), tmp_path / "out"
+    options: dict[str, Any] = {"experts": 2, "by": "random", "router_init": "zero"}
+    result = operate("upcycle", "split", source, output, **options)
+    assert result["exactness"]["kind"] == "exact"
+    assert drift(source, output) < 1e-4
+    with pytest.raises(UsageError, match="exclude each other"):
+        operate("upcycle", "split", source, tmp_path / "two", router="random", **options)

@@ -36,6 +36,8 @@ on the text; a factor on rows of other routers), and selections do not depend on
 selected experts alike. It is 1/128 by default, which leaves weights equal to about one percent and is exact to store;
 large ones are for training. With k = E, a uniform router and the default scale the output is the dense function.
 
+``--router-init`` makes rows as in other methods, from texts for instance; their size is set by ``--temperature``.
+
 ``--shared-neurons S`` keeps S neurons always on, in the shared expert of a family that has one (its sigmoid gate is
 1/2, its down doubled), and splits the rest. With coactivation and cmoe they are those that are active most often,
 otherwise those of largest |gate row| |up row| |down column|, which bounds what a neuron adds to the output. CMoE's
@@ -55,6 +57,7 @@ from ..base import Draft, Exactness, MethodInfo, option
 from . import _activity as activity
 from . import _common as common
 from . import _partition as partition
+from . import _routers as routers
 
 if TYPE_CHECKING:
     import torch
@@ -80,12 +83,14 @@ ROUTERS = {
     "cmoe": "analytic",
 }
 """The router of each way to divide, by default."""
+GIVEN = "given"
+"""A router that a unit of its own makes, as in other methods."""
 SHARPNESS = 2.0**-7
 """Logits of this size weigh selected experts alike to about one percent."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(common.GrowOptions):
+class Options(common.RoutedOptions):
     """What the user chooses."""
 
     by: str = option(
@@ -122,6 +127,7 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
     """
     model = common.one_dense(models, "splitting")
     common.check_counts(options.experts, options.top_k, options.router_std)
+    routers.check(options, options.experts, options.top_k)
     _check(options)
     router = _router(options)
     neurons = model.config.integer("intermediate_size")
@@ -174,18 +180,21 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
             "transform",
             layer.index,
             reads=tuple(layer.ffn[projection] for projection in PROJECTIONS),
-            writes=(experts.router, *writes),
+            writes=tuple(writes) if router == GIVEN else (experts.router, *writes),
             params=params,
             memory=memory,
         )
-        return [unit, *neutral], []
+        own = [routers.unit(layer, experts, options)] if router == GIVEN else []
+        return [unit, *own, *neutral], []
 
     draft = common.draft(mixture, fill, _exactness(mixture, options, router, scale))
-    return replace(draft, data="means", sample=options.rows) if by_text else draft
+    if by_text:
+        draft = replace(draft, data="means", sample=options.rows)
+    return routers.asking(draft, options, options.experts)
 
 
 def decide(model: Model, options: Options, statistics: Means, seed: int) -> dict[str, Any]:
-    """How many tokens each layer's neurons are judged by; what they decide, units do.
+    """How many tokens each layer's neurons are judged by, and what a router from texts would select.
 
     Raises:
         InputError: too few tokens to tell neurons apart.
@@ -199,6 +208,9 @@ def decide(model: Model, options: Options, statistics: Means, seed: int) -> dict
                 hint="ask for more --tokens and --rows",
             )
         found[str(layer.index)] = {"rows": rows}
+    if options.router_init in routers.DATA:
+        for index, entry in routers.decide(model, options, statistics, seed).items():
+            found[index] |= entry
     return found
 
 
@@ -210,10 +222,10 @@ def transform(work: Work) -> dict[str, object]:
     if done is not None:
         return done
     params, writes = work.params, work.unit.writes
-    count = params["experts"]
+    count, own = params["experts"], params["router"] != GIVEN
     rows = [work.read(region) for region in work.unit.reads]
     rows[2] = rows[2].T
-    routed, shared = writes[1 : 1 + 3 * count], writes[1 + 3 * count :]
+    routed, shared = writes[own : own + 3 * count], writes[own + 3 * count :]
     parts = partition.divide(work, rows, shared[0].shape[0] if shared else 0)
     for expert in range(count):
         chosen = torch.from_numpy(parts.members_EN[expert])
@@ -224,6 +236,8 @@ def transform(work: Work) -> dict[str, object]:
         _put(work, region, kept, role, 2.0 if shared[3:] else 1.0)
     for region in shared[3:]:
         work.write(region, torch.zeros(region.shape))
+    if not own:
+        return parts.metrics
     rows_ED, metrics = partition.router(work, rows, parts, writes[0].shape)
     work.write(writes[0], rows_ED)
     return parts.metrics | metrics
@@ -242,6 +256,12 @@ def _check(options: Options) -> None:
 
 
 def _router(options: Options) -> str:
+    if options.router_init != "normal":
+        if options.router is not None:
+            raise UsageError(
+                "--router and --router-init exclude each other", hint="give one of them"
+            )
+        return "uniform" if options.router_init == "zero" else GIVEN
     router = options.router or ROUTERS[options.by]
     if router == "centroid" and options.by != "kmeans":
         raise UsageError(
