@@ -100,6 +100,26 @@ class Layer:
     names: tuple[str, ...]
 
 
+def layer_shapes(
+    family: Family, config: Config, layout: ExpertLayout | None, index: int
+) -> dict[str, Shape]:
+    """Shape of every tensor of a decoder layer by name below its prefix, with experts stored in a layout."""
+    moe = family.moe
+    shapes: dict[str, Shape] = {**family.attention(config), **family.mixer(config, index)}
+    if moe is not None and layout is not None and moe.is_moe_layer(config, index):
+        width = config.integer(moe.width_key)
+        shapes.update(layout.shapes(moe.experts(config), config.hidden, width))
+        shapes.update(moe.shared(config))
+        return shapes
+    hidden, width = config.hidden, config.integer(family.dense_width_key)
+    for projection, name in family.dense_ffn.items():
+        shape = (hidden, width) if projection == "down" else (width, hidden)
+        shapes[name] = shape
+        if family.dense_biases(config):
+            shapes[name.removesuffix(".weight") + ".bias"] = shape[:1]
+    return shapes
+
+
 class Model:
     """A validated checkpoint of a known family. Holds no weight."""
 
@@ -220,23 +240,7 @@ class Model:
         return Layer(index, prefix, None, ffn, (), names)
 
     def _layer_shapes(self, index: int) -> dict[str, Shape]:
-        config, moe = self.config, self.family.moe
-        shapes: dict[str, Shape] = {
-            **self.family.attention(config),
-            **self.family.mixer(config, index),
-        }
-        if moe is not None and self.layout is not None and moe.is_moe_layer(config, index):
-            width = config.integer(moe.width_key)
-            shapes.update(self.layout.shapes(self.experts, config.hidden, width))
-            shapes.update(moe.shared(config))
-            return shapes
-        hidden, width = config.hidden, config.integer(self.family.dense_width_key)
-        for projection, name in self.family.dense_ffn.items():
-            shape = (hidden, width) if projection == "down" else (width, hidden)
-            shapes[name] = shape
-            if self.family.dense_biases(config):
-                shapes[name.removesuffix(".weight") + ".bias"] = shape[:1]
-        return shapes
+        return layer_shapes(self.family, self.config, self.layout, index)
 
     def _expected(self) -> Iterator[tuple[str, Shape]]:
         config, family = self.config, self.family

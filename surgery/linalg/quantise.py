@@ -103,3 +103,14 @@ def _integers(grouped_MGK: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.
         best_scales = torch.where(better, scales, best_scales)
         best_errors = torch.where(better, errors, best_errors)
     return best_codes, best_scales[:, :, 0]
+
+
+def unpacked(
+    codes_MB: torch.Tensor, scales_MG: torch.Tensor, group: int, bits: int, columns: int
+) -> Quantised:
+    """What :meth:`Quantised.packed` stored, of a matrix with N ``columns``: uint8 [M, bytes] and its scales."""
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
+    raised = (codes_MB[:, :, None] >> shifts) & (2**bits - 1)
+    middle = 1 if bits == 2 else 2 ** (bits - 1)
+    codes_MN = raised.flatten(1)[:, :columns].long() - middle
+    return Quantised(codes_MN, scales_MG, group, bits)

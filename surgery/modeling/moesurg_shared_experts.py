@@ -1,4 +1,8 @@
-"""Experts that share parts of their matrices. Part of the model code that moesurg writes beside a model."""
+"""Experts whose matrices are stored as parts, each its own or shared. Part of the model code of moesurg.
+
+Gate, up and down have a form each, by layer: one of a single matrix, as linear layers have it, with its tensors
+stacked over experts, or one of those below, in which experts share something.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.nn.functional import linear, silu
+
+from .moesurg_linears import FORMS as LOWRANK
+from .moesurg_mixed_linears import FORMS as MIXED
 
 KEY = "moesurg_shared_experts"
 
@@ -20,6 +28,45 @@ class Whole(nn.Module):
 
     def forward(self, x: torch.Tensor, expert: int) -> torch.Tensor:
         return linear(x, self.weight[expert])
+
+
+class Each(nn.Module):
+    """A matrix for each expert in a form that linear layers have, its tensors stacked along the first axis."""
+
+    def __init__(
+        self, experts: int, outputs: int, inputs: int, *, form: str, rank: int, **sizes: Any
+    ) -> None:
+        super().__init__()
+        layer: nn.Module
+        if form in LOWRANK:
+            layer = LOWRANK[form](inputs, outputs, rank, False)
+        else:
+            kind: Any = MIXED[form]
+            layer = kind(inputs, outputs, rank=rank, **sizes)
+        for name, weight in layer.named_parameters():
+            owner, leaf = _owner(self, name)
+            owner.register_parameter(leaf, nn.Parameter(weight.new_empty(experts, *weight.shape)))
+        for name, tensor in layer.named_buffers():
+            owner, leaf = _owner(self, name)
+            owner.register_buffer(leaf, tensor.expand(experts, *tensor.shape).clone())
+        # In a list, and without numbers: only its forward is used.
+        self._layer = [layer.to("meta")]
+
+    def forward(self, x: torch.Tensor, expert: int) -> torch.Tensor:
+        own = {name: tensor[expert] for name, tensor in self.named_parameters()}
+        own.update((name, tensor[expert]) for name, tensor in self.named_buffers())
+        y: torch.Tensor = functional_call(self._layer[0], own, (x,))
+        return y
+
+
+def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module below another that a dotted name's last part belongs to, made where it is missing."""
+    *path, leaf = name.split(".")
+    for part in path:
+        if part not in module._modules:
+            module.add_module(part, nn.Module())
+        module = module.get_submodule(part)
+    return module, leaf
 
 
 class SharedInput(nn.Module):
@@ -126,6 +173,7 @@ FORMS: dict[str, type[nn.Module]] = {
     "delta": Delta,
     "bases": Bases,
 }
+FORMS_OF_EACH = (*LOWRANK, *MIXED)
 
 
 class SharedExperts(nn.Module):
@@ -138,7 +186,9 @@ class SharedExperts(nn.Module):
         self.num_experts, self.act_fn = experts, act_fn
         for part in ("gate", "up", "down"):
             options = dict(entry[part])
-            kind: Any = FORMS[options.pop("form")]
+            kind: Any = Each
+            if options["form"] in FORMS:
+                kind = FORMS[options.pop("form")]
             shape = (hidden, width) if part == "down" else (width, hidden)
             setattr(self, part, kind(experts, *shape, **options))
 
@@ -158,24 +208,24 @@ class SharedExperts(nn.Module):
 
 
 def apply(body: Any, config: Any) -> None:
-    """Put experts with shared parts in the place of the stock ones of the listed layers.
+    """Put experts of parts in the place of the stock ones of the listed layers.
 
     Args:
         body: the stock base model, changed in place.
-        config: its ``moesurg_shared_experts`` has ``layers``: their indices; ``experts``: the name of the experts'
-            module below a layer; and for ``gate``, ``up`` and ``down`` a ``form`` of FORMS with its sizes.
+        config: its ``moesurg_shared_experts`` has ``experts``: the name of the experts' module below a layer; and
+            ``layers``: by index, for ``gate``, ``up`` and ``down`` a ``form`` of FORMS or FORMS_OF_EACH with its sizes.
 
     Raises:
         ValueError: an unknown form.
     """
     entry = getattr(config, KEY)
-    for part in ("gate", "up", "down"):
-        if entry[part].get("form") not in FORMS:
-            raise ValueError(f"config.json: {KEY}: {part} has an unknown form")
-    for index in entry["layers"]:
+    place, _, leaf = entry["experts"].rpartition(".")
+    for index, parts in entry["layers"].items():
+        for part in ("gate", "up", "down"):
+            if parts[part].get("form") not in (*FORMS, *FORMS_OF_EACH):
+                raise ValueError(f"config.json: {KEY}: {part} of layer {index} has an unknown form")
         layer = body.layers[int(index)]
         stock: Any = layer.get_submodule(entry["experts"])
         count, hidden, width = stock.down_proj.shape
-        new = SharedExperts(count, width, hidden, stock.act_fn, entry)
-        place, _, leaf = entry["experts"].rpartition(".")
+        new = SharedExperts(count, width, hidden, stock.act_fn, parts)
         setattr(layer.get_submodule(place), leaf, new.to(stock.down_proj.dtype))

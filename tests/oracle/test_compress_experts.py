@@ -60,6 +60,9 @@ def test_the_shared_form_computes_what_the_dense_form_does(
         assert float((second - stock(source)(input_ids=ids).logits).abs().max()) > 1e-3
         texts = [model.generate(ids, max_new_tokens=5, do_sample=False) for model in (one, other)]
     assert torch.equal(*texts)
+    operate("convert", "expand", tmp_path / "shared", tmp_path / "whole")
+    whole, dense = experts_of(tmp_path / "whole"), experts_of(tmp_path / "dense")
+    assert all(float((whole[key] - matrix).abs().max()) < 1e-5 for key, matrix in dense.items())
     # It is really smaller, by what was asked of the experts.
     held = sum(tensor.numel() for tensor in experts_of(source).values())
     element = 4

@@ -77,9 +77,17 @@ def test_only_what_stock_classes_hold_is_multiplied_out(
         ({"moesurg_linears": {"layers.0.mlp.up_proj": {"form": "x"}}}, "unknown form 'x'"),
         (
             {"moesurg_linears": {**linears, "layers.0.mlp.up_proj": {"form": "pivot", "rank": 3}}},
-            "the config and its other tensors say 3",
+            r"the config says F32 \[3, 32\]",
         ),
-        ({"moesurg_linears": {"layers.7.mlp.up_proj": {"form": "pivot"}}}, "is missing"),
+        (
+            {"moesurg_linears": {"layers.7.mlp.up_proj": {"form": "pivot", "rank": 3}}},
+            "no linear layer",
+        ),
+        ({"moesurg_linears": {"layers.0.mlp.up_proj": {"form": "pivot"}}}, "impossible sizes"),
+        (
+            {"moesurg_linears": {"layers.0.mlp.up_proj": {"form": "factors", "rank": 3}}},
+            "is missing",
+        ),
         ({"auto_map": {}}, "do not agree"),
     ):
         (tmp_path / "small" / "config.json").write_text(json.dumps({**config, **change}))

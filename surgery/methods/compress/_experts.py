@@ -1,12 +1,12 @@
 """The machinery of methods that compress a mixture's experts together: sizes, ranks, the planned output, writing.
 
-What an expert matrix is replaced by is an ``entry`` for each of gate, up and down: a JSON object with a ``form`` of
-`modeling/moesurg_shared_experts.py` and its sizes. It decides the tensors of the ``shared`` form; the ``dense`` form
-writes the matrices these stand for.
+Gate, up and down are replaced by an entry each (`_entries.py`), the same in every layer. It decides the tensors of the
+``shared`` form; the ``dense`` form writes the matrices these stand for.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,18 +18,18 @@ from ...checkpoint.region import Region
 from ...errors import InputError, UsageError
 from ...modeling import custom_config, files
 from ...plan import Unit, copy_unit
-from .._forms import Stored, check_expert_types
+from .._forms import check_expert_types
 from .._mixture import mixture, one_mixture, prediction_notes, replaced
 from ..base import Draft, Exactness
+from . import _expert_form as form_of_experts
+from ._entries import expert_leaves
+from ._expert_form import LOAD, WHOLE, Entries
 
 if TYPE_CHECKING:
     import torch
 
-    from ...architectures.model import Experts, Layer, Model
+    from ...architectures.model import Layer, Model
     from ...execute import Work
-
-KEY = "moesurg_shared_experts"
-"""The same as in `modeling/moesurg_shared_experts.py`, which imports torch."""
 
 RATIO_HELP = (
     "fraction of all numbers of the routed experts' matrices to remove, above 0 and below 1, whichever of them "
@@ -38,9 +38,6 @@ RATIO_HELP = (
 FORM_HELP = "shared: the factors, with model code; dense: matrices as before, which saves nothing and loads as stock"
 FORMS = ("shared", "dense")
 DAMPING_HELP = "with text: multiple of the mean of a Gram matrix's diagonal that is added to it"
-
-Entries = Mapping[str, Mapping[str, Any]]
-WHOLE: dict[str, Any] = {"form": "whole"}
 
 
 @dataclass(frozen=True)
@@ -70,49 +67,13 @@ class Found(Protocol):
         """What the shared form stores, by leaf name."""
 
 
-def leaves(entry: Mapping[str, Any], sizes: Sizes, part: str) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor that an entry stores."""
-    outputs, inputs = sizes.shape(part)
-    count, form = sizes.experts, entry["form"]
-    if form == "whole":
-        return {"weight": (count, outputs, inputs)}
-    if form == "input":
-        rank, groups = entry["rank"], entry["groups"]
-        return {"private": (count, outputs, rank), "shared": (groups, rank, inputs)}
-    if form == "output":
-        rank, groups = entry["rank"], entry["groups"]
-        return {"shared": (groups, outputs, rank), "private": (count, rank, inputs)}
-    if form == "delta":
-        rank = entry["rank"]
-        return {
-            "base": (outputs, inputs),
-            "left": (count, outputs, rank),
-            "right": (count, rank, inputs),
-        }
-    if entry.get("transposed"):
-        outputs, inputs = inputs, outputs
-    inner, bases, rank = entry["inner"], entry["bases"], entry.get("rank", 0)
-    found: dict[str, tuple[int, ...]] = {"private": (count, outputs, inner), "mix": (count, bases)}
-    if not rank:
-        return {**found, "bases": (bases, inner, inputs)}
-    return {
-        **found,
-        "left": (bases, inner - rank, rank),
-        "right": (bases, rank, inputs),
-        "pivots": (bases, rank),
-    }
-
-
 def numbers(entries: Entries, sizes: Sizes) -> int:
     """What one layer's experts store."""
-    total = 0
-    for part in PROJECTIONS:
-        for shape in leaves(entries[part], sizes, part).values():
-            count = 1
-            for size in shape:
-                count *= size
-            total += count
-    return total
+    return sum(
+        math.prod(shape)
+        for part in PROJECTIONS
+        for _, _, shape in expert_leaves(entries[part], sizes.experts, sizes.shape(part))
+    )
 
 
 def largest(make: Callable[[int], Entries], top: int, sizes: Sizes, ratio: float) -> int:
@@ -179,12 +140,8 @@ def plan_experts(
         check_expert_types(model, layer)
         if Sizes(here.count, here.hidden, here.width) != sizes:
             raise InputError(f"{model.folder}: layers have experts of several sizes")
-        if shared and (here.layout.parts != PROJECTIONS or here.stock.call != "routed"):
-            raise InputError(
-                f"{model.folder}: --form shared replaces experts that are three matrices without biases, called by "
-                f"index; those of {model.family.model_type} are not",
-                hint="use --form dense",
-            )
+        if shared:
+            form_of_experts.check(model, layer, form)
     entries = entries_of(model, sizes)
     need = 40 * max(1, sizes.numbers // 3) + memory(sizes)
     tensors, units = replaced(
@@ -196,11 +153,9 @@ def plan_experts(
     code: dict[str, bytes] = {}
     if shared:
         config = custom_config(model.family, config)
-        config[KEY] = {
-            "layers": [layer.index for layer in model.moe_layers],
-            "experts": first.stock.modules[1],
-            **{part: dict(entries[part]) for part in PROJECTIONS},
-        }
+        config[form_of_experts.KEY] = form_of_experts.config(
+            model, {layer.index: entries for layer in model.moe_layers}
+        )
         code = files()
     left = numbers(entries, sizes)
     saved = f"{left:,} numbers a layer instead of {sizes.numbers:,} ({1 - left / sizes.numbers:.1%} removed)"
@@ -208,7 +163,7 @@ def plan_experts(
         f"the experts take {saved}"
         if shared
         else f"the factors would take {saved}; the dense form stores all of them and saves nothing",
-        *([f"load it with trust_remote_code=True: {_LOAD}"] if shared else []),
+        *([LOAD] if shared else []),
         *prediction_notes(model),
     ]
     why = (
@@ -223,9 +178,6 @@ def plan_experts(
         notes=notes,
         files=code,
     )
-
-
-_LOAD = "AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)"
 
 
 def matrices(work: Work, part: str) -> list[torch.Tensor]:
@@ -280,7 +232,8 @@ def write_experts(
         for expert in range(experts.count):
             region = experts.region(expert, part)
             if made is None:
-                work.write(_place(experts, part, expert) if shared else region, work.read(region))
+                if not shared:
+                    work.write(region, work.read(region))
                 continue
             before = originals(part, expert) if originals is not None else work.read(region)
             after = made.weight(expert)
@@ -292,42 +245,19 @@ def write_experts(
             errors[part] = (lost / total) ** 0.5 if total else 0.0
             if shared:
                 for leaf, tensor in made.tensors().items():
-                    name = f"{_module(experts, part)}.{leaf}"
+                    name = f"{form_of_experts.module(experts, part)}.{leaf}"
                     work.write(Region(name, tuple(tensor.shape)), tensor)
     return {"error": errors}
-
-
-def _module(experts: Experts, part: str) -> str:
-    return f"{experts.prefix}{experts.stock.modules[1]}.{part}"
-
-
-def _place(experts: Experts, part: str, expert: int) -> Region:
-    """Where the shared form keeps a matrix that stays as it is."""
-    rows, columns = experts.region(expert, part).shape
-    return Region(f"{_module(experts, part)}.weight", (rows, columns), expert * rows * columns)
-
-
-def _projection_tensors(experts: Experts) -> set[str]:
-    return {experts.region(e, part).tensor for e in range(experts.count) for part in PROJECTIONS}
 
 
 def _specs(
     model: Model, layer: Layer, entries: Entries, sizes: Sizes, shared: bool
 ) -> Iterator[TensorSpec]:
-    experts = mixture(layer)
-    if not shared:
-        for name in experts.names:
-            yield TensorSpec(name, model.dtype(name), model.whole(name).shape)
+    if shared:
+        yield from form_of_experts.specs(model, layer, entries)
         return
-    routed = Stored(experts.count, experts.count, experts.count, custom=True).routing(experts)
-    for before, after in zip(experts.routing, routed.routing, strict=True):
-        shape = model.whole(before.tensor).shape
-        yield TensorSpec(after.tensor, model.dtype(before.tensor), shape)
-    for part in PROJECTIONS:
-        dtype = model.dtype(experts.region(0, part).tensor)
-        for leaf, shape in leaves(entries[part], sizes, part).items():
-            kind = "I32" if leaf == "pivots" else dtype
-            yield TensorSpec(f"{_module(experts, part)}.{leaf}", kind, shape)
+    for name in mixture(layer).names:
+        yield TensorSpec(name, model.dtype(name), model.whole(name).shape)
 
 
 def _units(
@@ -342,42 +272,30 @@ def _units(
     reads = tuple(
         experts.region(expert, part) for part in PROJECTIONS for expert in range(experts.count)
     )
-    writes: list[Region] = []
-    if not shared:
-        writes.extend(reads)
-        own = _projection_tensors(experts)
-        moves = [
-            (Region(name, shape), [Region(name, shape)])
-            for name, shape in _other_shapes(experts).items()
-            if name not in own
-        ]
+    if shared:
+        moves = form_of_experts.moves(layer, entries)
+        writes = tuple(
+            Region(f"{form_of_experts.module(experts, part)}.{leaf}", shape)
+            for part in PROJECTIONS
+            if entries[part]["form"] != "whole"
+            for leaf, _, shape in form_of_experts.projection(experts, part, entries[part])
+        )
     else:
-        for part in PROJECTIONS:
-            if entries[part]["form"] == "whole":
-                writes.extend(_place(experts, part, expert) for expert in range(experts.count))
-                continue
-            for leaf, shape in leaves(entries[part], sizes, part).items():
-                writes.append(Region(f"{_module(experts, part)}.{leaf}", shape))
-        routed = Stored(experts.count, experts.count, experts.count, custom=True).routing(experts)
-        moves = [
-            (before, [Region(after.tensor, before.shape)])
-            for before, after in zip(experts.routing, routed.routing, strict=True)
-        ]
+        writes = reads
+        own = {region.tensor for region in reads}
+        shapes = experts.layout.shapes(experts.count, experts.hidden, experts.width)
+        others = [Region(experts.prefix + name, shape) for name, shape in shapes.items()]
+        moves = [(whole, [whole]) for whole in others if whole.tensor not in own]
     yield copy_unit(f"layer.{layer.index}.routing", moves, layer=layer.index)
     yield Unit(
         f"layer.{layer.index}.experts",
         "transform",
         layer.index,
         reads=reads,
-        writes=tuple(writes),
+        writes=writes,
         params={**params, "shared": shared, "entries": {p: dict(entries[p]) for p in PROJECTIONS}},
         memory=memory,
     )
-
-
-def _other_shapes(experts: Experts) -> dict[str, tuple[int, ...]]:
-    shapes = experts.layout.shapes(experts.count, experts.hidden, experts.width)
-    return {experts.prefix + name: shape for name, shape in shapes.items()}
 
 
 __all__ = [

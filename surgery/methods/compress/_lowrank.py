@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from ...architectures.linears import GROUPS, Linear, linears
 from ...checkpoint.dtypes import nbytes
-from ...checkpoint.layout import TensorSpec
-from ...checkpoint.region import Region
 from ...errors import InputError, UsageError
-from ...modeling import custom_config, files
-from ...plan import Unit, copy_unit
+from ...plan import Unit
 from ..base import Draft, Exactness
+from ._expert_form import LOAD
 from ._ranks import FORMS, stored, uniform_ranks
+from ._replace import Cut, replace_matrices, shape_of
 
 if TYPE_CHECKING:
     from ...architectures.model import Model
@@ -28,7 +27,8 @@ RANK_PLAN = "rank_plan.json"
 RATIO_HELP = "fraction of the targeted matrices' numbers to remove, above 0 and below 1 (0.2: a fifth is removed)"
 FORM_HELP = (
     "how a matrix of low rank is stored; pivot: some of its rows and the coefficients of the others; factors: two "
-    "matrices; dense: as before, at the rank of the pivot form, which saves nothing and loads as stock"
+    "matrices; dense: as before, at the rank of the pivot form, which saves nothing and loads as stock. Of a mixture's "
+    "experts, each has its own, at one rank within a layer"
 )
 TARGETS_HELP = "what to compress: all, or a comma-separated list of attention, ffn and single roles such as q,k,down"
 ALIGN_HELP = "round ranks down to a multiple of this where a matrix has 64 of it on its small side; 1 keeps all"
@@ -56,7 +56,7 @@ def plan_lowrank(
         memory: multiple of the input width squared, in bytes, that a unit needs beyond its matrix.
 
     Raises:
-        InputError: not one model, or a mixture with a form that stock experts cannot hold.
+        InputError: not one model, or experts that the form cannot hold.
         UsageError: an option out of range.
     """
     if len(models) != 1:
@@ -66,12 +66,6 @@ def plan_lowrank(
         raise UsageError(f"--ratio {ratio} should be above 0 and below 1")
     if align < 1:
         raise UsageError(f"--align {align} should be at least 1")
-    if form != "dense" and model.is_moe:
-        raise InputError(
-            f"{model.folder}: --form {form} is for dense models: the experts of stock {model.family.class_name} "
-            "are fused tensors, which have no linear layer to replace",
-            hint="use --form dense",
-        )
     chosen = choose(model, targets)
     index = 4 / min(nbytes(model.dtype(linear.region.tensor), (1,)) for linear in chosen)
     if chosen_ranks is None:
@@ -91,25 +85,31 @@ def plan_lowrank(
             f"{'' if ratio is None else f'{ratio:.0%} '}fewer numbers in the {form} form",
             hint="use a smaller --ratio",
         )
-    cut = {linear.region: linear for linear in chosen if given[linear.label]}
-    tensors, units = _output(model, cut, given, form, params, memory)
-    notes = _notes(chosen, cut, given, form)
-    why = f"{len(cut)} matrices are replaced by matrices of lower rank"
-    config = dict(model.config.raw)
-    files: dict[str, bytes] = {}
-    if form != "dense":
-        config, files = _custom(model, cut, given, form)
-    tier: Any = "stock" if form == "dense" else "custom"
+    cuts = [
+        _cut(linear, given[linear.label], form, params, memory)
+        for linear in chosen
+        if given[linear.label]
+    ]
+    made = replace_matrices(model, cuts, form=form)
+    why = f"{len(cuts)} matrices are replaced by matrices of lower rank"
     return Draft(
-        config,
-        tensors,
-        units,
+        made.config,
+        made.tensors,
+        made.units,
         Exactness("approximate", why),
-        tier=tier,
-        notes=notes,
-        files=files,
+        tier="stock" if form == "dense" else "custom",
+        notes=_notes(chosen, given, form),
+        files=made.files,
         results={RANK_PLAN: rank_table},
     )
+
+
+def _cut(linear: Linear, rank: int, form: str, params: Mapping[str, Any], memory: int) -> Cut:
+    rows, columns = shape_of(linear.region)
+    facts = {"form": form, "rank": rank, "name": stored_name(linear)}
+    # The matrix, its approximation and their difference in float64, and a decomposition.
+    need = 40 * rows * columns + 32 * min(rows, columns) ** 2 + memory * columns**2
+    return Cut(linear, {"form": form, "rank": rank}, {**params, **facts}, need)
 
 
 def choose(model: Model, targets: str) -> list[Linear]:
@@ -178,15 +178,6 @@ def write_lowrank(work: Work, found: LowRank) -> dict[str, object]:
     return {"rank": found.rank, "error": found.relative_error, "stored_error": lost}
 
 
-def shape_of(region: Region) -> tuple[int, int]:
-    """[out, in] of a matrix."""
-    rows, columns = region.shape
-    return rows, columns
-
-
-_shape = shape_of
-
-
 def stored_name(linear: Linear) -> str:
     """What tables of ranks call a matrix: its weight's name without the end, an expert's with its number."""
     if linear.expert is None:
@@ -210,113 +201,7 @@ def rank_table(units: Sequence[Unit], metrics: Mapping[str, Any]) -> bytes:
     return (json.dumps(table, indent=1) + "\n").encode()
 
 
-def _output(
-    model: Model,
-    cut: dict[Region, Linear],
-    ranks: Mapping[str, int],
-    form: str,
-    params: dict[str, Any],
-    memory: int,
-) -> tuple[list[TensorSpec], list[Unit]]:
-    tensors: list[TensorSpec] = []
-    units: list[Unit] = []
-    owner = {name: layer.index for layer in model.layers for name in layer.names}
-    parts: dict[str, list[Linear]] = {}
-    for linear in cut.values():
-        parts.setdefault(linear.region.tensor, []).append(linear)
-    passing: dict[int | None, list[Region]] = {}
-    for name in model.names():
-        whole, dtype = model.whole(name), model.dtype(name)
-        here = parts.get(name, [])
-        specs = [TensorSpec(name, dtype, whole.shape)]
-        if here and form != "dense":
-            specs = _specs(name, dtype, shape_of(whole), ranks[here[0].label], form)
-        tensors.extend(specs)
-        for linear in here:
-            rows, columns = shape_of(linear.region)
-            writes = (
-                (dataclasses.replace(linear.region, source=0),)
-                if form == "dense"
-                else tuple(Region(spec.name, spec.shape) for spec in specs)
-            )
-            units.append(
-                Unit(
-                    linear.label,
-                    "transform",
-                    linear.layer,
-                    reads=(linear.region,),
-                    writes=writes,
-                    params={
-                        **params,
-                        "form": form,
-                        "dtype": dtype,
-                        "rank": ranks[linear.label],
-                        "input": linear.module,
-                        "name": stored_name(linear),
-                    },
-                    # The matrix, its approximation and their difference in float64, and a decomposition.
-                    memory=40 * rows * columns + 32 * min(rows, columns) ** 2 + memory * columns**2,
-                )
-            )
-        passing.setdefault(owner.get(name), []).extend(_rest(whole, here))
-    for index, regions in passing.items():
-        if regions:
-            label = "outer" if index is None else f"layer.{index}"
-            moves = [(region, [region]) for region in regions]
-            units.append(copy_unit(f"{label}.unchanged", moves, layer=index))
-    units.sort(key=lambda unit: (unit.layer is None, unit.layer or 0))
-    return tensors, units
-
-
-def _rest(whole: Region, parts: list[Linear]) -> list[Region]:
-    """What of a tensor no unit transforms: all of it, nothing, or flat stretches between fused matrices."""
-    if not parts:
-        return [whole]
-    at, found = 0, []
-    for region in sorted((linear.region for linear in parts), key=lambda item: item.offset):
-        if region.offset > at:
-            found.append(Region(whole.tensor, (region.offset - at,), at))
-        at = region.offset + region.count
-    if at < whole.count:
-        found.append(Region(whole.tensor, (whole.count - at,), at))
-    return found
-
-
-def _specs(name: str, dtype: str, shape: tuple[int, int], rank: int, form: str) -> list[TensorSpec]:
-    rows, columns = shape
-    module = name.removesuffix(".weight")
-    if form == "factors":
-        return [
-            TensorSpec(f"{module}.lowrank_A.weight", dtype, (rank, columns)),
-            TensorSpec(f"{module}.lowrank_B.weight", dtype, (rows, rank)),
-        ]
-    return [
-        TensorSpec(f"{module}.pivot_rows.weight", dtype, (rank, columns)),
-        TensorSpec(f"{module}.pivot_coef.weight", dtype, (rows - rank, rank)),
-        TensorSpec(f"{module}.pivot_index", "I32", (rank,)),
-    ]
-
-
-def _custom(
-    model: Model, cut: dict[Region, Linear], ranks: Mapping[str, int], form: str
-) -> tuple[dict[str, object], dict[str, bytes]]:
-    """Config and files of an output that brings its own model code."""
-    family = model.family
-    body = family.embedding.partition(".")[0] + "."
-    config = custom_config(family, model.config.raw)
-    config["moesurg_linears"] = {
-        region.tensor.removeprefix(body).removesuffix(".weight"): {
-            "form": form,
-            "rank": ranks[linear.label],
-        }
-        for region, linear in cut.items()
-    }
-    return config, files()
-
-
-def _notes(
-    chosen: Sequence[Linear], cut: dict[Region, Linear], ranks: Mapping[str, int], form: str
-) -> list[str]:
+def _notes(chosen: Sequence[Linear], ranks: Mapping[str, int], form: str) -> list[str]:
     found: dict[tuple[int, int], set[int]] = {}
     before = after = 0
     for linear in chosen:
@@ -331,7 +216,7 @@ def _notes(
         for (rows, columns), here in sorted(found.items())
     )
     notes = [f"ranks by shape: {listed}"]
-    left = len(chosen) - len(cut)
+    left = sum(not ranks[linear.label] for linear in chosen)
     if left:
         notes.append(f"{left} targeted matrices stay as they are, because no rank would save")
     removed = 1 - after / before
@@ -345,11 +230,8 @@ def _notes(
             f"the {len(chosen)} targeted matrices take {after:,} numbers instead of "
             f"{before:,} ({removed:.1%} removed)"
         )
-        notes.append(
-            "load it with trust_remote_code=True: AutoModelForCausalLM.from_pretrained(FOLDER, "
-            "trust_remote_code=True)"
-        )
+        notes.append(LOAD)
     return notes
 
 
-__all__ = ["FORMS", "choose", "plan_lowrank", "write_lowrank"]
+__all__ = ["FORMS", "choose", "plan_lowrank", "shape_of", "write_lowrank"]

@@ -15,7 +15,7 @@ refinement of whole blocks by gradient descent is left out. ``--damping`` adds a
 to both products, which holds W' to W where the text says little.
 
 Experts of mixtures are refused: once routing differs, the two models' inputs of an expert are of different tokens.
-Their attention can be compressed: ``--targets attention --form dense``.
+Their attention can be compressed: ``--targets attention``.
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from ...custom import CustomModel
     from ...execute import Work
 
-LINEARS, MIXTURES = "moesurg_linears", "moesurg_mixtures"
-"""Keys of the config, as in `modeling/`, whose files import torch."""
+MIXTURES = "moesurg_mixtures"
+"""The key of the config, as in `modeling/`, whose files import torch."""
 
 
 @dataclass(frozen=True)
@@ -75,47 +75,6 @@ def fits(model: CustomModel, name: str, *, found: object, expected: object) -> N
     if found != expected:
         raise InputError(
             f"{model.folder}: tensor {name!r} has {found}, the config and its other tensors say {expected}"
-        )
-
-
-def _linears(model: CustomModel, entry: Mapping[str, Any]) -> Iterator[Piece]:
-    body = model.family.embedding.partition(".")[0]
-    for name, facts in entry.items():
-        module = f"{body}.{name}"
-        form = facts.get("form") if isinstance(facts, Mapping) else None
-        if form == "factors":
-            reads = tuple(stored(model, f"{module}.lowrank_{part}.weight") for part in "AB")
-            (rank, columns), (rows, inner) = (read.shape for read in reads)
-        elif form == "pivot":
-            reads = (
-                stored(model, f"{module}.pivot_rows.weight"),
-                stored(model, f"{module}.pivot_coef.weight"),
-                stored(model, f"{module}.pivot_index", axes=1),
-            )
-            (rank, columns), (others, inner) = reads[0].shape, reads[1].shape
-            rows = rank + others
-            fits(model, reads[2].tensor, found=reads[2].shape[0], expected=rank)
-        else:
-            raise InputError(
-                f"{model.folder / 'config.json'}: {name} has the unknown form {form!r}"
-            )
-        fits(model, reads[1].tensor, found=inner, expected=rank)
-        fits(model, reads[0].tensor, found=rank, expected=facts.get("rank"))
-        written = Region(f"{module}.weight", (rows, columns))
-        dtype = model.checkpoint.tensors[reads[0].tensor].dtype
-        unit = Unit(
-            name,
-            "transform",
-            layer_of(name),
-            reads=reads,
-            writes=(written,),
-            params={"form": form},
-            memory=24 * rows * columns,
-        )
-        yield Piece(
-            tuple(read.tensor for read in reads),
-            (TensorSpec(written.tensor, dtype, written.shape),),
-            (unit,),
         )
 
 
@@ -183,25 +142,22 @@ def expanded(work: Work) -> torch.Tensor:
         from ._expand_experts import multiplied
 
         return multiplied(work)
-    first, second, *others = (work.read(region) for region in work.unit.reads)
-    if work.params["form"] == "factors":
-        return second.double() @ first.double()
-    from ...linalg.pivot import Pivoted
+    from ._expand_parts import entry_matrix
 
-    index = others[0].long()
-    size = first.shape[0] + second.shape[0]
-    if bool((index.diff() <= 0).any()) or int(index[0]) < 0 or int(index[-1]) >= size:
-        name = work.unit.reads[2].tensor
-        raise InputError(f"{name}: expected ascending places of rows below {size}")
-    return Pivoted(first.double(), second.double(), index).unpack()
+    return entry_matrix(work)
 
 
 def _parts() -> dict[str, Callable[[CustomModel, Mapping[str, Any]], Iterator[Piece]]]:
     """By key of the config: how that part becomes stock tensors."""
+    from ..compress._expert_form import KEY as EXPERTS
+    from ..compress._replace import LINEARS, MIXED
     from ._expand_experts import LOWRANK, TERNARY, lowrank, ternary
+    from ._expand_parts import experts, linears, mixed
 
     return {
-        LINEARS: _linears,
+        LINEARS: linears,
+        MIXED: mixed,
+        EXPERTS: experts,
         MIXTURES: _mixtures,
         LOWRANK: lowrank,
         TERNARY: ternary,

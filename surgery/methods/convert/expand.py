@@ -1,11 +1,14 @@
 """Multiply the factors of a compressed output out: back to a stock model, at the size it had before.
 
-An output of ``compress`` in the pivot or factors form loads with the model code that lies beside it. This makes a
+An output of ``compress`` in any form but dense loads with the model code that lies beside it. This makes a
 checkpoint of the stock class of it, for loaders and tools that know no other, and for methods that start from
 stock models (merging, upcycling, pruning, another compression). Each matrix is
 
     W = B A                                            of two factors,
     W[pivots] = P,  W[others] = C P                    of pivot rows and coefficients,
+    W[:, kept] = K,  W[:, others] = of low rank        of exact columns, or rows,
+    W = C Q or Q^T C,  W = s * codes + B A             of cosine coefficients, and of integers with a residual,
+    W_e = A_e S, S A_e, W_base + B_e A_e, A_e f(mix)   of experts with shared parts, or any of the above each,
     W_e = W_base + B_e A_e                             of experts stored as a base and changes of low rank,
     W_e = alpha_e * codes_e                            of ternary experts,
 
