@@ -148,12 +148,24 @@ def truncate_shifted(
     if damping:
         ridge_NN = damping * c_NN.diagonal().mean() * torch.eye(size, dtype=c_NN.dtype)
         c_NN, k_NN = c_NN + ridge_NN, k_NN + ridge_NN
-    # Through eigenvectors, because a Gram matrix of few tokens is singular.
-    strengths_N, axes_NN = torch.linalg.eigh(c_NN)
-    floor = float(strengths_N[-1].clamp_min(0)) * size * torch.finfo(torch.float64).eps
-    inverse_N = torch.where(strengths_N > floor, 1 / strengths_N.clamp_min(floor or 1.0), 0.0)
-    target_MN = (matrix_MN.double() @ k_NN @ axes_NN) * inverse_N @ axes_NN.T
+    target_MN = _solved(matrix_MN.double() @ k_NN, c_NN)
     return truncate_whitened(target_MN, c_NN, rank)
+
+
+def _solved(product_MN: torch.Tensor, c_NN: torch.Tensor) -> torch.Tensor:
+    """P C^+ of least norm: by a Cholesky factor where C is safely definite (tenfold faster), else by eigenvectors.
+
+    A Gram matrix of fewer tokens than inputs is singular, and one that was stored in float32 can be indefinite.
+    """
+    lower_NN, failed = torch.linalg.cholesky_ex(c_NN)
+    pivots_N = lower_NN.diagonal()
+    # The factor's diagonal bounds the condition from below only; 1e-4 of the largest is 1e-8 of C.
+    if not bool(failed) and float(pivots_N.min()) > 1e-4 * float(pivots_N.max()):
+        return torch.cholesky_solve(product_MN.T, lower_NN).T
+    strengths_N, axes_NN = torch.linalg.eigh(c_NN)
+    floor = float(strengths_N[-1].clamp_min(0)) * len(c_NN) * torch.finfo(torch.float64).eps
+    inverse_N = torch.where(strengths_N > floor, 1 / strengths_N.clamp_min(floor or 1.0), 0.0)
+    return (product_MN @ axes_NN) * inverse_N @ axes_NN.T
 
 
 def _on_the_output_side(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -433,3 +434,30 @@ def test_matrices_that_lie_between_others_are_refused(
     assert not list(tmp_path.iterdir())
     arguments: dict[str, Any] = {"ratio": 0.3, "form": "dense", "targets": "attention"}
     operate("compress", "svd", checkpoint(family), tmp_path / "out", **arguments)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("method", ["svd", "lost", "mc-smoe", "dct", "residual", "welore"])
+def test_a_weight_that_is_not_finite_is_refused_by_name(
+    method: str, bad: float, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    source = checkpoint("llama")
+    spoilt = tensors(source)[name].clone()
+    spoilt[3, 2] = bad
+    folder = rewrite(source, tmp_path / "spoilt", {name: spoilt})
+    with pytest.raises(InputError, match=re.escape(name)):
+        operate("compress", method, folder, tmp_path / "out", ratio=RATIO)
+    assert not (tmp_path / "out").exists()
+
+
+def test_text_that_overflows_is_refused_before_anything_is_decided(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    name = "model.layers.0.input_layernorm.weight"
+    source = checkpoint("llama")
+    folder = rewrite(source, tmp_path / "spoilt", {name: tensors(source)[name] * 1e25})
+    text = tmp_path / "text.txt"
+    text.write_text("some words and more of them " * 40, encoding="utf-8")
+    with pytest.raises(InputError, match="layer 0 .* not finite on this text"):
+        operate("compress", "svd-llm", folder, tmp_path / "out", ratio=RATIO, data=[text])
