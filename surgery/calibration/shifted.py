@@ -2,8 +2,9 @@
 
 Two streams of hidden states pass through every layer: the original model's, and those of a model whose linear layers
 before the one in question are already replaced, within the layer too. For inputs X of the first and Y of the second,
-Y^T Y and X^T Y are added up in float64 and stored in float32; from these, the method makes the matrix that the second
-stream goes on with. Linear layers that are given one tensor share their matrices and are replaced together.
+Y^T Y and X^T Y of each batch are added up in float64 and stored in float32; from these, the method makes the matrix
+that the second stream goes on with. Linear layers that are given one tensor share their matrices and are replaced
+together.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import nn
 from ..architectures.model import Model
 from ..checkpoint.reader import TensorReader
 from ..errors import InputError, MoesurgError
+from ..linalg.lowrank import product
 from ..plan import Unit
 from .forward import STATES_IN_MEMORY, LayerStream, Step
 from .gram_folder import SCHEMA_VERSION, ShiftedGrams, layer_file
@@ -67,7 +69,7 @@ class _Tap:
         return [names for _, names in found]
 
     def rows(self, name: str, batch: Batch) -> torch.Tensor:
-        """Inputs [T, N] of a linear layer on the real tokens of a batch, float64.
+        """Inputs [T, N] of a linear layer on the real tokens of a batch.
 
         Raises:
             InputError: one is not finite.
@@ -87,7 +89,7 @@ class _Tap:
         if self._seen is None:
             raise MoesurgError(f"layer {self._step.index}: the stock forward does not call {name}")
         mask_BT = self._step.run.mask(batch)
-        rows_TN = self._seen.reshape(-1, self._seen.shape[-1])[mask_BT.flatten()].double()
+        rows_TN = self._seen.reshape(-1, self._seen.shape[-1])[mask_BT.flatten()]
         self._seen = None
         if not bool(torch.isfinite(rows_TN).all()):
             raise InputError(
@@ -179,8 +181,8 @@ def _layer(
         gram_NN = cross_NN = torch.zeros((), dtype=torch.float64)
         for batch in batches:
             x_TN, y_TN = before.rows(name, batch), after.rows(name, batch)
-            gram_NN = gram_NN + y_TN.T @ y_TN
-            cross_NN = cross_NN + x_TN.T @ y_TN
+            gram_NN = gram_NN + product(y_TN, y_TN)
+            cross_NN = cross_NN + product(x_TN, y_TN)
             count += len(y_TN)
         stored[name] = ((gram_NN + gram_NN.T) / 2).float().cpu().contiguous()
         stored[f"{name}.cross"] = cross_NN.float().cpu().contiguous()

@@ -115,6 +115,7 @@ def truncate_shifted(
     rank: int,
     *,
     damping: float = 0.0,
+    share: float = 1.0,
 ) -> LowRank:
     """The matrix of a rank that makes of shifted inputs what W made of the original ones.
 
@@ -122,12 +123,15 @@ def truncate_shifted(
     model gives. Without a bound on the rank W* = W (X^T Y) (Y^T Y)^-1 is the least-squares solution; the loss of any
     W' is that of W* plus ||Y (W* - W')^T||^2, so that W' is the whitened truncation of W* (the closed form of AA-SVD,
     arXiv:2604.02119, which multiplies by the inverse of a Cholesky factor instead). Damping pulls W* to W where Y says
-    nothing: both sides get a multiple of the identity.
+    nothing: both sides get a multiple of the identity. A share below 1 asks for a mixture of what W made of X and what
+    it makes of Y, which goes that part of the way from W to W* whatever Y says.
 
     Args:
         gram_NN: Y^T Y.
         cross_NN: X^T Y.
         damping: multiple of the mean of the Gram matrix's diagonal added to both.
+        share: of X in the inputs share X + (1 - share) Y whose outputs are wanted, 0 to 1; 0 gives the whitened
+            truncation on Y.
 
     Returns:
         Error and norm are ||Y (W* - W')^T|| and ||Y W*^T||: the part that the rank decides.
@@ -144,7 +148,7 @@ def truncate_shifted(
         )
     c_NN = _finite(gram_NN.double())
     c_NN = (c_NN + c_NN.T) / 2
-    k_NN = _finite(cross_NN.double())
+    k_NN = share * _finite(cross_NN.double()) + (1 - share) * c_NN
     if damping:
         ridge_NN = damping * c_NN.diagonal().mean() * torch.eye(size, dtype=c_NN.dtype)
         c_NN, k_NN = c_NN + ridge_NN, k_NN + ridge_NN

@@ -459,5 +459,5 @@ def test_text_that_overflows_is_refused_before_anything_is_decided(
     folder = rewrite(source, tmp_path / "spoilt", {name: tensors(source)[name] * 1e25})
     text = tmp_path / "text.txt"
     text.write_text("some words and more of them " * 40, encoding="utf-8")
-    with pytest.raises(InputError, match="layer 0 .* not finite on this text"):
+    with pytest.raises(InputError, match=r"layer 0 .* not finite on this text"):
         operate("compress", "svd-llm", folder, tmp_path / "out", ratio=RATIO, data=[text])

@@ -52,7 +52,8 @@ def test_every_matrix_is_the_best_for_what_its_own_model_gives_it(
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
     options: dict[str, Any] = {"ratio": 0.4, "form": "dense", "damping": 1e-3, "data": (text,)}
-    operate("compress", "aa-svd", source, out, **options)
+    share = 0.7
+    operate("compress", "aa-svd", source, out, share=share, **options)
     before, after = recorded(source, source, text), recorded(out, source, text)
     old, new = tensors(source), tensors(out)
     report = json.loads((out / "report.json").read_text())
@@ -62,7 +63,12 @@ def test_every_matrix_is_the_best_for_what_its_own_model_gives_it(
         x_TN, y_TN = before[name], after[name]
         rank = report["units"][linear.label]["rank"]
         found = truncate_shifted(
-            old[name], y_TN.T @ y_TN, x_TN.T @ y_TN, rank, damping=options["damping"]
+            old[name],
+            y_TN.T @ y_TN,
+            x_TN.T @ y_TN,
+            rank,
+            damping=options["damping"],
+            share=share,
         )
         wanted = found.product()
         assert float((new[name] - wanted).norm() / wanted.norm()) < 2e-3, name
@@ -82,6 +88,8 @@ def test_every_matrix_is_the_best_for_what_its_own_model_gives_it(
 def test_what_cannot_be_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="experts"):
         operate("compress", "aa-svd", checkpoint("qwen3_moe"), tmp_path / "out", ratio=0.2)
+    with pytest.raises(UsageError, match=r"--share 1\.5"):
+        operate("compress", "aa-svd", checkpoint("llama"), tmp_path / "out", ratio=0.2, share=1.5)
     with pytest.raises(UsageError, match="--calibration"):
         operate(
             "compress",

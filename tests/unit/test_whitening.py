@@ -71,6 +71,41 @@ def test_shifted_inputs_are_fitted_as_well_as_any_matrix_of_the_rank(
     assert loss(found.product()) <= loss(blind.product()) + 1e-9
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_a_share_asks_for_outputs_on_a_mixture_of_both_inputs(share: float) -> None:
+    matrix, inputs = normal(10, 8, seed=4), normal(50, 8, seed=5)
+    shifted = inputs + 0.5 * normal(50, 8, seed=6)
+    gram, cross = shifted.T @ shifted, inputs.T @ shifted
+    found = truncate_shifted(matrix, gram, cross, 3, share=share)
+    mixed = share * inputs + (1 - share) * shifted
+    wanted = truncate_shifted(matrix, gram, mixed.T @ shifted, 3)
+    assert torch.allclose(found.product(), wanted.product(), atol=1e-9)
+    if not share:
+        blind = truncate_whitened(matrix, gram, 3)
+        assert torch.allclose(found.product(), blind.product(), atol=1e-9)
+    # Whatever the damping, a full rank goes no further from the matrix than its share.
+    for damping in (0.0, 0.1, 10.0):
+        whole, part = (
+            truncate_shifted(matrix, gram, cross, 8, damping=damping, share=value).product()
+            for value in (1.0, share)
+        )
+        assert torch.allclose(part - matrix, share * (whole - matrix), atol=1e-9)
+
+
+@pytest.mark.parametrize("tokens", [400, 20])
+def test_a_cholesky_factor_and_eigenvectors_solve_alike(tokens: int) -> None:
+    """Scales of channels that differ a thousandfold, definite and singular, and a matrix stored in float32."""
+    inputs = normal(tokens, 30, seed=7) * torch.logspace(0, 3, 30, dtype=torch.float64)
+    shifted = inputs * (1 + 0.1 * normal(tokens, 30, seed=8))
+    matrix, cross = normal(12, 30, seed=9), inputs.T @ shifted
+    for gram in (shifted.T @ shifted, (shifted.T @ shifted).float().double()):
+        for damping in (1e-4, 1e-2):
+            found = truncate_shifted(matrix, gram, cross, 12, damping=damping)
+            ridge = damping * gram.diagonal().mean() * torch.eye(30, dtype=torch.float64)
+            explicit = matrix @ (cross + ridge) @ torch.linalg.pinv(gram + ridge, hermitian=True)
+            assert torch.allclose(found.product(), explicit, rtol=1e-6, atol=1e-6)
+
+
 def test_inputs_that_are_not_shifted_give_the_whitened_truncation() -> None:
     matrix, inputs = normal(10, 8, seed=4), normal(50, 8, seed=5)
     gram = inputs.T @ inputs

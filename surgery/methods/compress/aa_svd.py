@@ -63,7 +63,11 @@ class Options:
     targets: str = option("all", TARGETS_HELP)
     align: int = option(16, ALIGN_HELP)
     damping: float = option(
-        1e-4, "multiple of the mean of the Gram matrix's diagonal that is added to both products"
+        0.1, "multiple of the mean of the Gram matrix's diagonal that is added to both products"
+    )
+    share: float = option(
+        0.5,
+        "how far to go from the outputs on the compressed model's inputs (0) to those on the original ones (1)",
     )
 
 
@@ -76,6 +80,8 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
     """
     if not 0 <= options.damping < float("inf"):
         raise UsageError(f"--damping {options.damping} should be at least 0")
+    if not 0 <= options.share <= 1:
+        raise UsageError(f"--share {options.share} should be between 0 and 1")
     for model in models:
         if any(linear.expert is not None for linear in choose(model, options.targets)):
             raise InputError(
@@ -89,7 +95,7 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
         ratio=options.ratio,
         targets=options.targets,
         align=options.align,
-        params={"damping": options.damping},
+        params={"damping": options.damping, "share": options.share},
         memory=96,
     )
 
@@ -109,7 +115,12 @@ def replacement(
     from ...linalg.whitening import truncate_shifted
 
     found = truncate_shifted(
-        matrix, gram, cross, unit.params["rank"], damping=unit.params["damping"]
+        matrix,
+        gram,
+        cross,
+        unit.params["rank"],
+        damping=unit.params["damping"],
+        share=unit.params["share"],
     )
     return found.product().to(torch_dtype(unit.params["dtype"]))
 
@@ -124,6 +135,11 @@ def transform(work: Work) -> dict[str, object]:
     gram, rows = grams.read(work.layer, module)
     cross, _ = grams.read(work.layer, f"{module}.cross")
     found = truncate_shifted(
-        work.read(region), gram, cross, work.params["rank"], damping=work.params["damping"]
+        work.read(region),
+        gram,
+        cross,
+        work.params["rank"],
+        damping=work.params["damping"],
+        share=work.params["share"],
     )
     return {**write_lowrank(work, found), "inputs": rows}
