@@ -63,7 +63,7 @@ class Options:
     targets: str = option("all", TARGETS_HELP)
     align: int = option(16, ALIGN_HELP)
     damping: float = option(
-        0.1, "multiple of the mean of the Gram matrix's diagonal that is added to both products"
+        1e-2, "multiple of the mean of the Gram matrix's diagonal that is added to both products"
     )
     share: float = option(
         0.5,
