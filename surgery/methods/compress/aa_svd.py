@@ -12,12 +12,11 @@ the growing compressed model side by side, and each matrix is made before the in
 layer too (query, key and value; output; gate and up; down). That takes four passes over the text for a layer, which
 stop where inputs are seen. X^T Y and Y^T Y are kept with the run, and units make the matrices from them again.
 
-Deviations. A regression on thousands of inputs learns the text by heart: as published, the error of the first three
-layers' outputs of a small model fell by a third on 6,000 tokens of calibration and rose by a fifth of that on others,
-and perplexity was worse than that of ``svd-llm``. So ``--share`` asks for outputs on share X + (1 - share) Y instead
-of X, and ``--damping`` adds a multiple of the mean diagonal of Y^T Y to both products, which holds W' to W where the
-text says little; ``--share 1 --damping 1e-4`` is the paper's. Its refinement of whole blocks by gradient descent is left
-out.
+Deviations. A regression on thousands of inputs learns the text by heart: as published, the error after three layers of
+a small model fell from 8.1 % (``svd-llm``) to 5.1 % on the 6,144 tokens of calibration and rose from 10.1 % to 10.8 %
+on others, and perplexity was worse too. So ``--share`` asks for outputs on share X + (1 - share) Y instead of X, and
+``--damping`` adds a multiple of the mean diagonal of Y^T Y to both products, which holds W' to W where the text says
+little; ``--share 1 --damping 1e-4`` is the paper's. Its refinement of whole blocks by gradient descent is left out.
 
 Experts of mixtures are refused: once routing differs, the two models' inputs of an expert are of different tokens.
 Their attention can be compressed: ``--targets attention``.
