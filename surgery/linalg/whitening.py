@@ -165,12 +165,12 @@ def _solved(product_MN: torch.Tensor, c_NN: torch.Tensor) -> torch.Tensor:
     pivots_N = lower_NN.diagonal()
     # The factor's diagonal bounds the condition from below only; 1e-4 of the largest is 1e-8 of C.
     if not bool(failed) and float(pivots_N.min()) > 1e-4 * float(pivots_N.max()):
-        fit_MN: torch.Tensor = torch.cholesky_solve(product_MN.T, lower_NN).T
-        return fit_MN
+        return torch.cholesky_solve(product_MN.T, lower_NN).T
     strengths_N, axes_NN = torch.linalg.eigh(c_NN)
     floor = float(strengths_N[-1].clamp_min(0)) * len(c_NN) * torch.finfo(torch.float64).eps
     inverse_N = torch.where(strengths_N > floor, 1 / strengths_N.clamp_min(floor or 1.0), 0.0)
-    return (product_MN @ axes_NN) * inverse_N @ axes_NN.T
+    fit_MN: torch.Tensor = (product_MN @ axes_NN) * inverse_N @ axes_NN.T
+    return fit_MN
 
 
 def _on_the_output_side(
