@@ -7,7 +7,7 @@ token's expert is the one for which the tokens up to it speak most, older ones l
 
 That is a causal attention whose weights depend on distance alone, and like attention's, its state during generation is
 kept in the model's cache: a further layer of it holds the evidence of all tokens, so that reordering, cropping and
-repeating a cache do the same to it. Padding has no evidence.
+repeating a cache do the same to it; caches of a fixed size are refused. Padding has no evidence.
 
 A feed-forward is the neurons that all experts share and the expert's own.
 """
@@ -67,9 +67,10 @@ class PreRouter(nn.Module):
     def __init__(self, vocab: int, experts: int, like: torch.Tensor) -> None:
         super().__init__()
         place: Any = {"dtype": like.dtype, "device": like.device}
-        self.evidence = nn.Parameter(torch.zeros(vocab, experts, **place))
-        # Powers of two (or 0), which every type holds; a tensor because the weights decide it.
-        self.half_life = nn.Parameter(torch.zeros(1, **place), requires_grad=False)
+        # Buffers, because no gradient reaches what a choice is made from.
+        self.register_buffer("evidence", torch.zeros(vocab, experts, **place))
+        # A power of two (or 0), which every type holds; a tensor because the weights decide it.
+        self.register_buffer("half_life", torch.zeros(1, **place))
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor | None, held: Any) -> torch.Tensor:
         """The expert of every new token, int64 [B, T].
@@ -80,7 +81,9 @@ class PreRouter(nn.Module):
             held: the cache's layer of evidence, which gets that of these tokens, or None.
         """
         wide = torch.float32 if ids.device.type == "mps" else torch.float64
-        evidence_BTC = self.evidence[ids].to(wide)
+        evidence_VC: Any = self.evidence
+        half_life: Any = self.half_life
+        evidence_BTC: torch.Tensor = evidence_VC[ids].to(wide)
         if mask is not None:
             if mask.dim() != 2:
                 raise ValueError(
@@ -92,7 +95,7 @@ class PreRouter(nn.Module):
             past = held.get_seq_length()
             keys, _ = held.update(evidence_BTC[:, None], evidence_BTC[:, None, :, :0])
             evidence_BTC = keys[:, 0]
-        return trailing(evidence_BTC, decay(float(self.half_life)), past).argmax(dim=-1)
+        return trailing(evidence_BTC, decay(float(half_life)), past).argmax(dim=-1)
 
 
 class Projections(nn.Module):
@@ -159,6 +162,11 @@ def _held(body: Any, past: Any) -> Any:
         while len(past.layers) < layers:
             past.layers.append(past.layer_class_to_replicate())
     if len(past.layers) == layers:
+        if past.is_compileable:
+            # Whoever made it counts on all of its layers: masks are made for its full size beforehand.
+            raise ValueError(
+                "a cache of fixed size cannot hold the router's state: use a dynamic one"
+            )
         past.layers.append(Evidence())
     held = past.layers[layers]
     if not isinstance(held, Evidence):

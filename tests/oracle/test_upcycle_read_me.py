@@ -191,6 +191,8 @@ def test_ids_are_needed_and_strange_masks_refused(routed: Any) -> None:
         routed(inputs_embeds=torch.zeros(1, 4, routed.config.hidden_size))
     with pytest.raises(ValueError, match="two axes"):
         routed(input_ids=ids_BT, attention_mask=torch.zeros(1, 1, 4, 4))
+    with pytest.raises(ValueError, match="use a dynamic one"):
+        routed.generate(ids_BT, max_new_tokens=3, cache_implementation="static", pad_token_id=0)
     with pytest.raises(RuntimeError, match="outside of its model"):
         routed.model.layers[0].mlp(torch.zeros(2, 9, routed.config.hidden_size))
 
