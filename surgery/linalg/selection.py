@@ -96,11 +96,11 @@ class Bracket:
         return Cut(float(value), missing - int(np.count_nonzero(values > value)))
 
 
-def sample_of(block: torch.Tensor) -> torch.Tensor:
-    """About SAMPLE values of a block, evenly spread."""
+def sample_of(block: torch.Tensor, size: int = SAMPLE) -> torch.Tensor:
+    """About ``size`` values of a block, evenly spread."""
     flat = block.reshape(-1)
     # An odd step meets every column of matrices whose width is a power of two.
-    return flat[:: max(1, len(flat) // SAMPLE) | 1]
+    return flat[:: max(1, len(flat) // size) | 1]
 
 
 def kth_largest(blocks: Blocks, count: int, k: int) -> Cut:

@@ -1,12 +1,14 @@
 """What merging models costs against the least it could: reading the sources and writing the output once.
 
-    python tests/benchmarks/models.py [--models 4] [--layers 10] [--dtype bfloat16] [--methods linear ties] [--runs 3]
+    python -m tests.benchmarks.models [--models 4] [--layers 10] [--dtype bfloat16] [--methods linear ties] [--runs 3]
+        [--mergekit PYTHON]
 
 Random Llama checkpoints (hidden 1024, feed-forward 2816, vocabulary 32000; 10 layers are 161 million parameters).
 The floor reads every source in pieces of 4 MB and writes one output that reaches the disk; it computes nothing,
 neither a merge nor the SHA-256 of every input and output file that a run records, whose own time is printed beside
-it. Everything runs in one process that has imported its libraries; ratios are of medians. Memory is what the
-process itself holds (RssAnon), sampled every millisecond.
+it. Everything runs in one process that has imported its libraries, on one thread; ratios are of medians. Memory is
+what the process itself holds (RssAnon), sampled every millisecond. With the interpreter of an environment that has
+mergekit, the same merges by it stand beside ours: linear, ties, dare and della.
 """
 
 from __future__ import annotations
@@ -15,15 +17,18 @@ import argparse
 import hashlib
 import os
 import shutil
+import statistics
 import tempfile
 import time
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 
 from moesurg.surgery.operation import Request, run
 from moesurg.surgery.progress import Silent
 from tests.benchmarks.io import build, median_of, peak
+from tests.benchmarks.mergekit import measured, merge_config
 
 PIECE = 4 << 20
 
@@ -61,8 +66,10 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--methods", nargs="+", default=["linear", "ties"])
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--mergekit", type=Path, default=None, help="interpreter that has mergekit")
     parser.add_argument("--folder", type=Path, default=None)
     arguments = parser.parse_args()
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
         sources = [
@@ -84,7 +91,8 @@ def main() -> None:
             f"{arguments.models} models of {size:.0f} MB ({arguments.dtype}): floor {least:.2f} s, "
             f"SHA-256 of all files {hashing:.2f} s"
         )
-        print("method            seconds  times the floor  peak MB")
+        other = "  mergekit s  mergekit MB" if arguments.mergekit else ""
+        print(f"method            seconds  times the floor  peak MB{other}")
         for method in arguments.methods:
             shutil.rmtree(output, ignore_errors=True)
             with peak() as memory:
@@ -94,7 +102,24 @@ def main() -> None:
                 merge(method, sources, output)
 
             took = median_of(again, arguments.runs, fresh=output)
-            print(f"{method:16s} {took:8.2f} {took / least:16.2f} {memory[0] / 1e6:8.0f}")
+            line = f"{method:16s} {took:8.2f} {took / least:16.2f} {memory[0] / 1e6:8.0f}"
+            if arguments.mergekit:
+                seconds, most = theirs(arguments, method, sources, output)
+                line += f" {seconds:11.2f} {most / 1e6:12.0f}"
+            print(line, flush=True)
+
+
+def theirs(
+    arguments: argparse.Namespace, method: str, sources: list[Path], output: Path
+) -> tuple[float, int]:
+    """Median seconds and largest memory of mergekit's merge."""
+    config = merge_config(method, sources, arguments.dtype)
+    found = []
+    for _ in range(arguments.runs):
+        shutil.rmtree(output, ignore_errors=True)
+        given = {"config": config, "output": str(output)}
+        found.append(measured(arguments.mergekit, "merge", given))
+    return statistics.median(s for s, _ in found), max(most for _, most in found)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from ...execute import Work
     from ...linalg.selection import Cut
 
+KEPT = 1 << 20
+"""Elements of a tensor up to which its blocks are kept."""
 RUNS, RUN = 64, 256
 """Of a tensor of several blocks: pieces that are read for a sample, and elements of each."""
 SLACK = 0.02
@@ -53,17 +55,30 @@ def sum_type(models: Sequence[Model], tensor: str) -> torch.dtype:
 
 
 class Blocks:
-    """The blocks of a unit's tensor. Every loop reads them anew; a single block is kept."""
+    """The blocks of a unit's tensor. Every loop reads them anew; those of a small tensor are kept.
 
-    def __init__(self, work: Work, *, based: bool) -> None:
+    Args:
+        based: whether the first source is the base of the others.
+        once: whether there is a single loop, so that keeping is of no use.
+    """
+
+    def __init__(self, work: Work, *, based: bool, once: bool = False) -> None:
         self._work, self._based = work, based
         self.dtype = sum_type(work.models, work.unit.writes[0].tensor)
-        self._kept: Block | None = None
+        self.keeps = not once and self.count <= KEPT
+        self._kept: list[Block] = []
 
     def __iter__(self) -> Iterator[Block]:
         regions = self._work.unit.writes
+        if len(self._kept) == len(regions):
+            yield from self._kept
+            return
+        self._kept = []
         for index, region in enumerate(regions):
-            yield self._kept or self._read(index, region, keep=len(regions) == 1)
+            block = self._read(index, region)
+            if self.keeps:
+                self._kept.append(block)
+            yield block
 
     def values(
         self, function: Callable[[Block], torch.Tensor]
@@ -73,11 +88,10 @@ class Blocks:
 
     def changes(self, source: int) -> Iterator[torch.Tensor]:
         """The blocks of one source's change; the others are not read."""
-        regions = self._work.unit.writes
-        if len(regions) == 1:
-            yield next(iter(self)).tensors[source]
+        if self.keeps:
+            yield from (block.tensors[source] for block in self)
             return
-        for region in regions:
+        for region in self._work.unit.writes:
             base, tuned = (
                 self._work.read(replace(region, source=index)).to(self.dtype)
                 for index in (0, source + 1)
@@ -88,13 +102,15 @@ class Blocks:
         """Some values of every source's change, from all parts of the tensor, and the slack that they need."""
         import torch
 
-        from ...linalg.selection import sample_of
+        from ...linalg.selection import SAMPLE, sample_of
 
-        regions = self._work.unit.writes
-        if len(regions) == 1:
-            return [sample_of(change) for change in next(iter(self)).tensors], 0.0
+        if self.keeps:
+            each = zip(*(block.tensors for block in self), strict=True)
+            # Every block gives its share of a sample.
+            size = max(1, SAMPLE // len(self._work.unit.writes))
+            return [torch.cat([sample_of(part, size) for part in parts]) for parts in each], 0.0
         runs = []
-        for region in runs_of(regions[0].tensor, self.count, RUNS):
+        for region in runs_of(self._work.unit.writes[0].tensor, self.count, RUNS):
             base, *tuned = self.read(region)
             runs.append([one.sub_(base) for one in tuned])
         return [torch.cat(one) for one in zip(*runs, strict=True)], SLACK
@@ -111,17 +127,12 @@ class Blocks:
             for source in range(len(self._work.models))
         ]
 
-    def _read(self, index: int, region: Region, *, keep: bool) -> Block:
+    def _read(self, index: int, region: Region) -> Block:
         found = self.read(region)
         base = found.pop(0) if self._based else None
         if base is not None:
-            found = [
-                tensor.sub_(base) if tensor.dtype == self.dtype else tensor for tensor in found
-            ]
-        block = Block(index, region, base, found)
-        if keep:
-            self._kept = block
-        return block
+            found = [tensor.sub_(base) for tensor in found]
+        return Block(index, region, base, found)
 
 
 def runs_of(tensor: str, count: int, number: int) -> list[Region]:

@@ -17,12 +17,13 @@ from ...plan import Unit, copy_unit
 from ...vocabulary import same_vocabulary
 from .._alike import same_settings, same_tensors
 from ..base import Draft, Exactness, option
+from ._blocks import KEPT
 
 if TYPE_CHECKING:
     from ...architectures.model import Layer, Model
 
-BLOCK = 1 << 20
-"""Elements of each source that are held at a time."""
+BLOCK = 1 << 18
+"""Elements of each source that are held at a time: more would leave the processor's cache."""
 WIDTHS = ("F16", "BF16", "F32", "F64")
 """Types from narrow to wide."""
 BASED = "a base model first, then one or more models fine-tuned from it"
@@ -162,7 +163,7 @@ def plan_merge(
             continue
         matrix = matrices is not None and len(whole.shape) == 2 and matrices(name)
         writes = (whole,) if matrix else blocks_of(whole)
-        largest = max(region.count for region in writes)
+        largest = max(*(region.count for region in writes), min(whole.count, KEPT))
         units.append(
             Unit(
                 f"merge.{name}",

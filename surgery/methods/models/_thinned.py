@@ -24,7 +24,10 @@ def merge(
     """
     from ...linalg.merge_rules import elected, weighted_sum
 
-    params, blocks = work.params, reading.Blocks(work, based=True)
+    params, blocks = (
+        work.params,
+        reading.Blocks(work, based=True, once=work.params["rescale"] != "l1"),
+    )
     count = len(params["weights"])
 
     def thin(block: reading.Block) -> list[torch.Tensor]:

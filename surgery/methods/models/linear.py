@@ -59,5 +59,5 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
 
 def transform(work: Work) -> dict[str, object]:
     """Write one tensor."""
-    reading.combine(work, reading.Blocks(work, based=False), work.params["weights"])
+    reading.combine(work, reading.Blocks(work, based=False, once=True), work.params["weights"])
     return {}

@@ -113,7 +113,7 @@ def transform(work: Work) -> dict[str, object]:
 
     params, weights = work.params, work.params["weights"]
     if not params["matrix"]:
-        reading.combine(work, reading.Blocks(work, based=False), weights)
+        reading.combine(work, reading.Blocks(work, based=False, once=True), weights)
         return {}
     (target,) = work.unit.writes
     module = next(

@@ -48,5 +48,7 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
 def transform(work: Work) -> dict[str, object]:
     """Write one tensor."""
     params = work.params
-    reading.combine(work, reading.Blocks(work, based=True), params["weights"], params["scale"])
+    reading.combine(
+        work, reading.Blocks(work, based=True, once=True), params["weights"], params["scale"]
+    )
     return {}

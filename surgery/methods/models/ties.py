@@ -69,7 +69,10 @@ def transform(work: Work) -> dict[str, object]:
     from ...linalg.merge_rules import elected
     from ...linalg.selection import Taking
 
-    params, blocks = work.params, reading.Blocks(work, based=True)
+    params, blocks = (
+        work.params,
+        reading.Blocks(work, based=True, once=work.params["trim"] == "model"),
+    )
     if params["trim"] == "model":
         cuts = whole.cuts(work.decision, work.unit.writes[0].tensor)
     else:
