@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from moesurg.surgery.errors import InputError, UsageError, VerificationError
 from moesurg.surgery.progress import Silent
@@ -238,12 +238,64 @@ def test_an_arrow_mixture_is_made_by_peft(checkpoint: Checkpoint, tmp_path: Path
     torch.testing.assert_close(cosines, torch.ones(3), atol=2e-2, rtol=0)
 
 
+# X-LoRA
+
+
+def test_an_untrained_x_lora_is_the_mean_of_its_experts(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """PEFT loads the classifier from our tensors: with other numbers in them it computes something else."""
+    from peft import PeftModel, XLoraConfig
+
+    base, folders = checkpoint("llama"), shelf(checkpoint)
+    out = tmp_path / "out"
+    operate("adapter", "to-moe", folders, out, form="x-lora")
+    listing = json.loads((out / "shelf.json").read_text())
+    assert listing["trained"] is False
+    assert verify(str(out), reference=None, device="cpu", progress=Silent())["verified"]
+
+    def mixture() -> Any:
+        config: Any = XLoraConfig.from_pretrained(str(out / listing["router_folder"]))
+        assert config.hidden_size == 32
+        config.adapters = {str(i): str(out / name) for i, name in enumerate(listing["members"])}
+        model = stock(base)
+        model.config.use_cache = False
+        loader: Any = PeftModel
+        return loader.from_pretrained(model, str(out / "router"), config=config).eval()
+
+    ids = token_ids(base)
+    model = mixture()
+    with torch.no_grad():
+        found = model(input_ids=ids).logits
+    operate("merge", "cat", folders, tmp_path / "mean", weights=",".join([repr(1 / 3)] * 3))
+    torch.testing.assert_close(found, adapted(base, tmp_path / "mean"), atol=1e-4, rtol=1e-4)
+    assert model.generate(input_ids=ids[:1], max_new_tokens=2, do_sample=False).shape == (1, 26)
+    file = out / "router" / "adapter_model.safetensors"
+    stored = load_file(file)
+    bias = "base_model.internal_xlora_classifier.layers.0.bias"
+    # Nearly all weight on the first expert.
+    save_file({**stored, bias: torch.tensor([40.0, 0, 0])}, file, metadata={"format": "pt"})
+    with torch.no_grad():
+        first = mixture()(input_ids=ids).logits
+    torch.testing.assert_close(first, adapted(base, folders[0]), atol=1e-4, rtol=1e-4)
+
+
+def test_the_width_of_hidden_states_may_have_to_be_told(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    folders = [checkpoint("adapter", seed=s, targets=("mlp.down_proj",)) for s in (1, 2)]
+    with pytest.raises(UsageError, match="cannot be told"):
+        operate("adapter", "to-moe", folders, tmp_path / "out", form="x-lora")
+    operate("adapter", "to-moe", folders, tmp_path / "out", form="x-lora", hidden_size=32)
+
+
 @pytest.mark.parametrize(
     ("method", "sources", "options", "error", "message"),
     [
         ("to-moe", 1, {}, InputError, "two or more adapters"),
         ("to-moe", 2, {"top_k": 0}, UsageError, "--top-k 0"),
         ("to-moe", 2, {"temperature": 0.0}, UsageError, "--temperature"),
+        ("to-moe", 2, {"hidden_size": 8}, UsageError, "--hidden-size"),
         ("split", 2, {}, InputError, "takes one adapter"),
         ("split", 1, {"ranks": 0}, UsageError, "--ranks 0"),
         ("resize", 2, {}, InputError, "takes one adapter"),

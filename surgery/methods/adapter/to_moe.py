@@ -1,16 +1,30 @@
-"""Make adapters into the experts of an Arrow mixture, which routes without training.
+"""Make adapters into the experts of a mixture of LoRAs that PEFT runs: Arrow, or an X-LoRA scaffold.
+
+``--form arrow`` routes without training:
 
     prototype_e = leading right singular vector of B_e A_e,   score_e(x) = |x · prototype_e|,   top-k, softmax
 
-Ostapenko et al., arXiv:2405.11157, as PEFT's ``create_arrow_model`` runs it. PEFT wants every expert with the same
-rank and the same modules, all of them linear: experts are padded with zero ranks to the largest rank, and a module
-that an expert lacks becomes zeros there. Scales are folded in, so that the mixture of experts trained with different
-alphas is what each was trained as. The output has a folder for each expert and ``shelf.json`` with the call that
-loads them.
+Ostapenko et al., arXiv:2405.11157, as PEFT's ``create_arrow_model`` runs it. PEFT computes the prototypes itself when
+the model is made, by power iteration from a random start. Those written to ``shared.safetensors`` ([experts, in] for
+each module, float32) are exact; they tell what routing will look like, and serve loaders that can be given prototypes.
+An expert of zeros has the prototype zero and is never preferred.
 
-PEFT computes the prototypes itself when the model is made, by power iteration from a random start. Those written to
-``shared.safetensors`` ([experts, in] for each module, float32) are exact; they tell what routing will look like, and
-serve loaders that can be given prototypes. An expert of zeros has the prototype zero and is never preferred.
+``--form x-lora`` is an untrained scaffold:
+
+    scaling_e(x) = softmax_e(W h(x) + b),   h(x) the last hidden state of the base,   output: the sum of scaled experts
+
+Buehler and Buehler, arXiv:2402.07148, as PEFT's ``XLoraModel`` runs it. The classifier (W [experts, hidden], b,
+float32) is written with zeros, so that every expert counts alike, 1 / experts, until it is trained: as it stands, the
+mixture is the mean of its experts. Its folder holds config and tensors under the names that PEFT loads; `shelf.json`
+has the call, because PEFT wants the experts' paths and, as keys, their numbers. (PEFT 0.21 leaves the classifier out
+when it saves such a model, so whoever trains one has to save its state himself.)
+
+In both PEFT wants the experts as plain linear layers. Arrow wants the same rank and modules everywhere: experts are
+padded with zero ranks to the largest rank, and a module that an expert lacks becomes zeros there. Scales are folded
+in, so that the mixture of experts trained with different alphas is what each was trained as. The output has a folder
+for each expert.
+
+MixLoRA (arXiv:2404.15159) is left out: its loader reads its adapters from a pickle only, which is never written here.
 """
 
 from __future__ import annotations
@@ -19,12 +33,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...adapters.output import Written, aligned, check_agreement, placed, widest
+from ...checkpoint.formats import ADAPTER
 from ...checkpoint.layout import TensorSpec
 from ...checkpoint.region import Region
 from ...errors import InputError, UsageError
+from ...outputs import config_bytes
 from ...plan import Unit
 from ..base import Draft, Exactness, MethodInfo, option
 from . import _shelf as shelf
@@ -34,7 +50,7 @@ if TYPE_CHECKING:
     from ...execute import Work
 
 INFO = MethodInfo(
-    summary="make adapters into an Arrow mixture, whose routing needs no training",
+    summary="make adapters into an Arrow mixture, routed without training, or an untrained X-LoRA",
     paper="arXiv:2405.11157",
     inputs="two or more LoRA adapters of one base",
     data="none",
@@ -42,12 +58,27 @@ INFO = MethodInfo(
 )
 
 
+READERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+"""Layers of decoder blocks that read hidden states, as most families call them."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """What the user chooses."""
 
-    top_k: int = option(3, "experts that the call in shelf.json lets a token use")
-    temperature: float = option(1.0, "temperature of the call's softmax over scores")
+    form: str = option(
+        "arrow",
+        "mixture: Arrow, or X-LoRA with a classifier that has to be trained",
+        choices=("arrow", "x-lora"),
+    )
+    top_k: int | None = option(
+        None, "experts that a token uses; Arrow 3 by default, X-LoRA all of them"
+    )
+    temperature: float = option(1.0, "temperature of the softmax over scores")
+    hidden_size: int | None = option(
+        None,
+        "width of the base's hidden states, for X-LoRA; by default what query, gate and up projections take",
+    )
 
 
 def plan(adapters: Sequence[Adapter], options: Options) -> Draft:
@@ -59,16 +90,18 @@ def plan(adapters: Sequence[Adapter], options: Options) -> Draft:
     """
     if len(adapters) < 2:
         raise InputError(f"a mixture needs two or more adapters, {len(adapters)} was given")
-    if not options.top_k >= 1:
+    if options.top_k is not None and options.top_k < 1:
         raise UsageError(f"--top-k {options.top_k} should be at least 1")
     if not options.temperature > 0:
         raise UsageError(f"--temperature {options.temperature} should be above 0")
+    if options.hidden_size is not None and (options.form == "arrow" or options.hidden_size < 1):
+        raise UsageError("--hidden-size should be at least 1, and is for --form x-lora")
     check_agreement(adapters)
     for adapter in adapters:
         for module in adapter.modules.values():
             if module.kind != "linear" or module.bias is not None:
                 raise InputError(
-                    f"{adapter.folder}: module {module.name} is no plain linear layer, and Arrow takes no other"
+                    f"{adapter.folder}: module {module.name} is no plain linear layer, and mixtures take no other"
                 )
         if adapter.full:
             raise InputError(f"{adapter.folder}: modules_to_save cannot be routed over")
@@ -76,7 +109,9 @@ def plan(adapters: Sequence[Adapter], options: Options) -> Draft:
     names = _names(adapters)
     rows = aligned(adapters)
     written: list[list[Written]] = [[] for _ in adapters]
-    units, prototypes = [], []
+    arrow = options.form == "arrow"
+    units: list[Unit] = []
+    routing: list[TensorSpec] = []
     for name, row in rows.items():
         model = next(module for module in row if module is not None)
         types = [
@@ -89,7 +124,8 @@ def plan(adapters: Sequence[Adapter], options: Options) -> Draft:
         for entries in written:
             entries.append(entry)
         region = Region(f"prototypes.{name}", (len(adapters), model.inputs))
-        prototypes.append(TensorSpec(region.tensor, "F32", region.shape))
+        if arrow:
+            routing.append(TensorSpec(region.tensor, "F32", region.shape))
         units.append(
             Unit(
                 name,
@@ -102,9 +138,9 @@ def plan(adapters: Sequence[Adapter], options: Options) -> Draft:
                 ),
                 writes=(
                     *(r for folder in names for r in shelf.place(entry, folder).regions),
-                    region,
+                    *([region] if arrow else []),
                 ),
-                params={"module": name, "rank": rank},
+                params={"module": name, "rank": rank, "prototypes": arrow},
                 memory=64 * len(adapters) * (entry.down.count + entry.up.count),
             )
         )
@@ -112,22 +148,98 @@ def plan(adapters: Sequence[Adapter], options: Options) -> Draft:
         shelf.Member(folder, entries, {"source": adapter.folder.name})
         for folder, entries, adapter in zip(names, written, adapters, strict=True)
     ]
-    top_k = min(options.top_k, len(adapters))
+    files = shelf.files(members, adapters)
+    if arrow:
+        facts = _arrow(options, names)
+        notes = [
+            "the routing has not been trained: Arrow needs none, but nothing here has measured it"
+        ]
+    else:
+        folder = _free("router", names)
+        config = _x_lora(options, adapters)
+        facts = {**_call(names, folder), "router": "x-lora", "router_folder": folder}
+        files[f"{folder}/{ADAPTER.config}"] = config_bytes(config)
+        shapes = {"weight": (len(names), config["hidden_size"]), "bias": (len(names),)}
+        layer = f"{folder}/base_model.internal_xlora_classifier.layers.0"
+        routing = [TensorSpec(f"{layer}.{key}", "F32", shape) for key, shape in shapes.items()]
+        writes = tuple(Region(spec.name, spec.shape) for spec in routing)
+        units.append(Unit("classifier", "transform", writes=writes, params={"zeros": True}))
+        notes = ["the classifier is untrained: it gives every expert the same share until it is"]
+    return Draft(
+        shelf.listing(members, **facts, trained=False),
+        [*shelf.specs(members), *routing],
+        units,
+        Exactness("exact", "each folder holds its adapter's own change, padded"),
+        notes=notes,
+        files=files,
+        format="adapters",
+    )
+
+
+def _arrow(options: Options, names: Sequence[str]) -> dict[str, str]:
+    """What ``shelf.json`` says of an Arrow mixture."""
+    top_k = min(options.top_k or 3, len(names))
     call = (
         "peft.tuners.lora.create_arrow_model(base_model, task_specific_adapter_paths=["
         + ", ".join(f"FOLDER + '/{name}'" for name in names)
         + f"], arrow_config=peft.ArrowConfig(top_k={top_k}, router_temperature={options.temperature:g}, rng_seed=0))"
     )
-    notes = ["the routing has not been trained: Arrow needs none, but nothing here has measured it"]
-    return Draft(
-        shelf.listing(members, call=call, router="arrow", trained=False),
-        [*shelf.specs(members), *prototypes],
-        units,
-        Exactness("exact", "each folder holds its adapter's own change, padded"),
-        notes=notes,
-        files=shelf.files(members, adapters),
-        format="adapters",
+    return {"call": call, "router": "arrow"}
+
+
+def _call(names: Sequence[str], folder: str) -> dict[str, str]:
+    """How PEFT loads an X-LoRA: experts go by their number."""
+    paths = ", ".join(f"'{index}': FOLDER + '/{name}'" for index, name in enumerate(names))
+    call = (
+        f"base_model.config.use_cache = False; config = peft.XLoraConfig.from_pretrained(FOLDER + '/{folder}'); "
+        f"config.adapters = {{{paths}}}; "
+        f"model = peft.PeftModel.from_pretrained(base_model, FOLDER + '/{folder}', config=config)"
     )
+    return {"call": call}
+
+
+def _x_lora(options: Options, adapters: Sequence[Adapter]) -> dict[str, Any]:
+    """The classifier's config."""
+    first = adapters[0].config
+    found: dict[str, Any] = {
+        "peft_type": "XLORA",
+        "base_model_name_or_path": first.base,
+        "task_type": first.raw.get("task_type"),
+        "hidden_size": options.hidden_size or _hidden_size(adapters),
+        "adapters": {str(index): str(index) for index in range(len(adapters))},
+        "enable_softmax": True,
+        "softmax_temperature": options.temperature,
+        "layerwise_scalings": False,
+        "top_k_lora": None if options.top_k is None else min(options.top_k, len(adapters)),
+        "xlora_depth": 1,
+    }
+    return found
+
+
+def _hidden_size(adapters: Sequence[Adapter]) -> int:
+    """What layers that read hidden states take, if all agree.
+
+    Raises:
+        UsageError: no such layer, or several widths.
+    """
+    sizes = {
+        module.inputs
+        for adapter in adapters
+        for module in adapter.modules.values()
+        if module.name.rpartition(".")[2] in READERS
+    }
+    if len(sizes) != 1:
+        raise UsageError(
+            "the width of the base's hidden states cannot be told from these adapters",
+            hint="--hidden-size, as the base's config.json has it",
+        )
+    return sizes.pop()
+
+
+def _free(name: str, taken: Sequence[str]) -> str:
+    while name in taken:
+        name += "_"
+    return name
 
 
 def transform(work: Work) -> dict[str, object]:
@@ -137,9 +249,17 @@ def transform(work: Work) -> dict[str, object]:
     from ...adapters.output import read_factors
     from ...linalg.factors import svd
 
-    params, rank = work.params, work.params["rank"]
-    *regions, prototypes = work.unit.writes
-    found = torch.zeros(prototypes.shape, dtype=torch.float64)
+    params = work.params
+    if "zeros" in params:
+        for region in work.unit.writes:
+            work.write(region, torch.zeros(region.shape))
+        return {}
+    rank, regions = params["rank"], list(work.unit.writes)
+    prototypes = regions.pop() if params["prototypes"] else None
+    width = next(
+        a.modules[params["module"]].inputs for a in work.adapters if params["module"] in a.modules
+    )
+    found = torch.zeros(len(work.adapters), width, dtype=torch.float64)
     for index, adapter in enumerate(work.adapters):
         down_region, up_region = regions[2 * index : 2 * index + 2]
         down = torch.zeros(down_region.shape, dtype=torch.float64)
@@ -154,7 +274,8 @@ def transform(work: Work) -> dict[str, object]:
                 found[index] = vt[0, 0]
         work.write(down_region, down)
         work.write(up_region, up)
-    work.write(prototypes, found)
+    if prototypes is not None:
+        work.write(prototypes, found)
     cosines = (found @ found.T).abs()
     return {"prototype_cosines": [[round(float(value), 6) for value in row] for row in cosines]}
 
