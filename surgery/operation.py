@@ -32,6 +32,7 @@ from .progress import Progress, Stop, stoppable
 from .report import card, record
 from .sources import Source, Takes, kind_of, open_source
 from .sweep import run_sweep
+from .weights import Weights
 
 if TYPE_CHECKING:
     from .architectures.model import Model
@@ -234,6 +235,7 @@ class _Job:
         """Stage, work and commit; True if a resumed run found its output already complete."""
         if self.request.output is None:
             raise UsageError("an output folder is needed")
+        self._draft_from_weights()
         given = self.request.data or self.request.calibration
         info = self.method.info
         needed = self.draft.data or info.data
@@ -336,7 +338,15 @@ class _Job:
         """Plan again where decisions tell what the output holds."""
         if decision is None:
             return
-        draft = self.decider.settle(decision["layers"])
+        self._plan_again(self.decider.settle(decision["layers"]))
+
+    def _draft_from_weights(self) -> None:
+        """Plan again where weights tell what statistics are made with; they do so again when a run is resumed."""
+        if self.method.draft_from_weights is not None:
+            with Weights(self.sources, self.progress, self.stop) as weights:
+                self._plan_again(self.method.draft_from_weights(self.models, self.options, weights))
+
+    def _plan_again(self, draft: Draft | None) -> None:
         if draft is None:
             return
         self.draft = draft

@@ -125,4 +125,5 @@ def _method(command: str, name: str, module: ModuleType) -> Method:
         decide_from_weights=getattr(module, "decide_from_weights", None),
         settle=getattr(module, "settle", None),
         replacement=getattr(module, "replacement", None),
+        draft_from_weights=getattr(module, "draft_from_weights", None),
     )

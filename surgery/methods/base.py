@@ -8,7 +8,9 @@ how many in ``MethodInfo.sample`` or, where options decide, in ``Draft.sample``.
 output holds (numbers of experts by layer), ``settle`` makes the draft again from them: (models, options, decisions)
 to a draft, or to None where the first one stands. The first draft then is what a dry run shows and what disk and
 memory are checked with, so it should be as large. ``replacement`` is of methods whose ``data`` is ``shifted``: from a
-unit, its matrix, and the Gram matrices of its inputs to the matrix in its place, with which calibration goes on.
+unit, its matrix, and the Gram matrices of its inputs to the matrix in its place, with which calibration goes on. Where
+that needs what only weights tell, such as ranks by spectra, ``draft_from_weights`` makes the draft again before the
+statistics.
 """
 
 from __future__ import annotations
@@ -135,6 +137,7 @@ class Method:
     ) = None
     settle: Callable[[Sequence[Model], Any, dict[str, Any]], Draft | None] | None = None
     replacement: Callable[[Unit, Any, Any, Any], Any] | None = None
+    draft_from_weights: Callable[[Sequence[Model], Any, Weights], Draft | None] | None = None
 
     def parse(self, values: Mapping[str, object]) -> Any:
         """Options from values by field name; fields left out take their defaults."""

@@ -461,3 +461,24 @@ def test_text_that_overflows_is_refused_before_anything_is_decided(
     text.write_text("some words and more of them " * 40, encoding="utf-8")
     with pytest.raises(InputError, match=r"layer 0 .* not finite on this text"):
         operate("compress", "svd-llm", folder, tmp_path / "out", ratio=RATIO, data=[text])
+
+
+def test_welore_with_another_rule_is_svd_and_takes_given_ranks(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    source = checkpoint("llama")
+    for method in ("svd", "welore"):
+        operate(
+            "compress", method, source, tmp_path / method, ratio=RATIO, align=1, allocate="energy"
+        )
+    given = {"rank_plan": str(tmp_path / "svd" / "rank_plan.json")}
+    operate("compress", "welore", source, tmp_path / "given", **given)
+    wanted = tensors(tmp_path / "svd")
+    for name in ("welore", "given"):
+        found = tensors(tmp_path / name)
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(tensor, wanted[key]) for key, tensor in found.items())
+    with pytest.raises(UsageError, match="excludes"):
+        operate("compress", "welore", source, tmp_path / "out", ratio=RATIO, **given)
+    with pytest.raises(UsageError, match="give --ratio"):
+        operate("compress", "welore", source, tmp_path / "out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from moesurg.surgery.checkpoint.reader import open_checkpoint
 from moesurg.surgery.errors import InputError
-from tests.oracle.helpers import custom, operate, stock, token_ids
+from tests.oracle.helpers import custom, operate, rewrite, stock, tensors, token_ids
 
 Checkpoint = Callable[..., Path]
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -115,3 +116,36 @@ def test_other_families_keep_their_experts(
     assert logits(stock(tmp_path / "dense"), ids).shape == found.shape
     whole = stock(expand(tmp_path / "factors", tmp_path / "whole"))
     assert float((found - logits(whole, ids)).abs().max()) < 1e-4
+
+
+def test_experts_of_a_layer_share_a_rank_whatever_allocates_it(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    plain, change = checkpoint("qwen3_moe"), {}
+    for name, tensor in tensors(plain).items():
+        head, found, rest = name.partition(".experts.")
+        if found:
+            # Every expert's spectrum has another shape, and every layer's.
+            strength = float(rest.partition(".")[0]) * (1 + ("layers.0" in head))
+            change[name] = tensor + strength * tensor[:, :1] @ tensor[:1]
+    source = rewrite(plain, tmp_path / "uneven", change)
+    runs = {"welore": ("welore", {}), "waterfill": ("svd", {"allocate": "waterfill"})}
+    for name, (method, options) in runs.items():
+        operate("compress", method, source, tmp_path / name, ratio=0.3, **options)
+        custom(tmp_path / name)
+        table = json.loads((tmp_path / name / "rank_plan.json").read_text())["matrices"]
+        ranks: dict[tuple[str, str], set[int]] = {}
+        for matrix, entry in table.items():
+            head, found, rest = matrix.partition(".experts.")
+            if found:
+                ranks.setdefault((head, rest.split(".")[1]), set()).add(entry["rank"])
+        assert all(len(found) == 1 for found in ranks.values())
+        assert len({rank for found in ranks.values() for rank in found}) > 1
+    # A table of ranks that is not so fits only matrices that are stored one by one.
+    first = next(matrix for matrix in table if ".experts.0." in matrix)
+    table[first]["rank"] -= 1
+    (tmp_path / "plan.json").write_text(json.dumps({"matrices": table}))
+    given: dict[str, Any] = {"rank_plan": str(tmp_path / "plan.json")}
+    with pytest.raises(InputError, match="all of them need one rank"):
+        operate("compress", "svd", source, tmp_path / "out", **given)
+    operate("compress", "svd", source, tmp_path / "out", form="dense", **given)

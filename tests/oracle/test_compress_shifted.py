@@ -117,3 +117,22 @@ def test_a_mixtures_attention_can_be_compressed(checkpoint: Checkpoint, tmp_path
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed
     assert all("self_attn" in name for name in changed)
+
+
+def test_ranks_can_be_given_and_allocated(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    source = checkpoint("llama", tokenizer=True)
+
+    def ranks(folder: Path) -> dict[str, int]:
+        table = json.loads((folder / "rank_plan.json").read_text())["matrices"]
+        return {name: entry["rank"] for name, entry in table.items()}
+
+    operate("compress", "svd", source, tmp_path / "blind", ratio=0.3, allocate="energy")
+    given = {"rank_plan": str(tmp_path / "blind" / "rank_plan.json")}
+    operate("compress", "aa-svd", source, tmp_path / "given", **given)
+    operate("compress", "aa-svd", source, tmp_path / "own", ratio=0.3, allocate="energy")
+    assert ranks(tmp_path / "given") == ranks(tmp_path / "own") == ranks(tmp_path / "blind")
+    assert len(set(ranks(tmp_path / "own").values())) > 2
+    one, other = tensors(tmp_path / "given"), tensors(tmp_path / "own")
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    blind = tensors(tmp_path / "blind")
+    assert any(not torch.equal(tensor, blind[name]) for name, tensor in one.items())

@@ -75,7 +75,9 @@ def plan_ranked(
     ranks: dict[str, int] | None = None
     ratio = options.ratio
     if options.rank_plan is not None:
-        if ratio is not None or options.allocate != "uniform":
+        # WeLore's own rule is its default.
+        usual = type(options).__dataclass_fields__["allocate"].default
+        if ratio is not None or options.allocate != usual:
             raise UsageError("--rank-plan excludes --ratio and --allocate", hint="give one of them")
         if len(models) == 1:
             ranks = read_ranks(Path(options.rank_plan), choose(models[0], options.targets))
@@ -114,29 +116,14 @@ def decided_ranks(
     """
     if options.allocate == "uniform" or options.ratio is None:
         return None
-    import numpy as np
-
-    chosen = choose(model, options.targets)
-    groups: dict[str, list[Linear]] = {}
-    squares: dict[str, Any] = {}
-    for linear in weights.track(chosen):
-        # Loaders that hold experts in one tensor need one rank for all of a layer.
-        own = linear.expert is None
-        label = linear.label if own else f"layer.{linear.layer}.experts.{linear.role}"
-        groups.setdefault(label, []).append(linear)
-        values_P = spectrum(linear, weights.read(linear.region)).numpy()
-        squares[label] = squares.get(label, 0.0) + np.square(values_P)
-    items = {
-        label: Item(shape_of(group[0].region), len(group), np.sqrt(squares[label] / len(group)))
-        for label, group in groups.items()
-    }
+    groups, items = grouped(choose(model, options.targets), weights, spectrum)
     found = allocate(
         items,
         options.allocate,
         form=options.form,
         ratio=options.ratio,
         align=options.align,
-        index=index_weight(model, chosen) if options.ratio_of == "bytes" else 1.0,
+        index=index_of(model, options),
     )
     if not found:
         raise InputError(
@@ -144,13 +131,52 @@ def decided_ranks(
             f"targeted numbers in the {options.form} form",
             hint="use a smaller --ratio",
         )
+    return by_layer(groups, found)
+
+
+def grouped(
+    chosen: Sequence[Linear],
+    weights: Weights,
+    spectrum: Callable[[Linear, torch.Tensor], torch.Tensor],
+) -> tuple[dict[str, list[Linear]], dict[str, Item]]:
+    """Matrices that get one rank, and what is known of their spectra, by a label of theirs.
+
+    Experts of a layer get one for each projection, because their factors are stored in one tensor.
+    """
+    import numpy as np
+
+    groups: dict[str, list[Linear]] = {}
+    squares: dict[str, Any] = {}
+    for linear in weights.track(chosen):
+        own = linear.expert is None
+        label = linear.label if own else f"layer.{linear.layer}.experts.{linear.role}"
+        groups.setdefault(label, []).append(linear)
+        values_P = spectrum(linear, weights.read(linear.region)).numpy()
+        squares[label] = squares.get(label, 0.0) + np.square(values_P)
+    return groups, {
+        label: Item(shape_of(group[0].region), len(group), np.sqrt(squares[label] / len(group)))
+        for label, group in groups.items()
+    }
+
+
+def by_layer(
+    groups: Mapping[str, Sequence[Linear]], ranks: Mapping[str, int]
+) -> dict[str, dict[str, Any]]:
+    """Decided ranks as they are journalled: by layer, by the label of every matrix."""
     decided: dict[str, dict[str, Any]] = {}
     for label, group in groups.items():
         for linear in group:
             layer = decided.setdefault(str(linear.layer), {"ranks": {}})
-            if label in found:
-                layer["ranks"][linear.label] = found[label]
+            if label in ranks:
+                layer["ranks"][linear.label] = ranks[label]
     return decided
+
+
+def index_of(model: Model, options: RankOptions) -> float:
+    """What the index of a pivot counts."""
+    if options.ratio_of != "bytes":
+        return 1.0
+    return index_weight(model, choose(model, options.targets))
 
 
 def index_weight(model: Model, chosen: Sequence[Linear]) -> float:
@@ -194,4 +220,12 @@ def read_ranks(file: Path, chosen: Sequence[Linear]) -> dict[str, int]:
     return found
 
 
-__all__ = ["RankOptions", "decided_ranks", "plan_ranked", "read_ranks"]
+__all__ = [
+    "RankOptions",
+    "by_layer",
+    "decided_ranks",
+    "grouped",
+    "index_of",
+    "plan_ranked",
+    "read_ranks",
+]

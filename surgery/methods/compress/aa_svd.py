@@ -18,28 +18,23 @@ on others, and perplexity was worse too. So ``--share`` asks for outputs on shar
 ``--damping`` adds a multiple of the mean diagonal of Y^T Y to both products, which holds W' to W where the text says
 little; ``--share 1 --damping 1e-4`` is the paper's. Its refinement of whole blocks by gradient descent is left out.
 
+Ranks have to be known before the text is seen: they are uniform, given (``--rank-plan``, such as that of a run of
+``svd-llm --allocate``), or allocated by the spectra of the weights alone.
+
 Experts of mixtures are refused: once routing differs, the two models' inputs of an expert are of different tokens.
 Their attention can be compressed: ``--targets attention``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...errors import InputError, UsageError
-from ..base import Draft, MethodInfo, option, required
-from ._lowrank import (
-    ALIGN_HELP,
-    FORM_HELP,
-    FORMS,
-    RATIO_HELP,
-    TARGETS_HELP,
-    choose,
-    plan_lowrank,
-    write_lowrank,
-)
+from ..base import Draft, MethodInfo, option
+from ._lowrank import choose, write_lowrank
+from ._ranked import RankOptions, decided_ranks, plan_ranked
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +43,7 @@ if TYPE_CHECKING:
     from ...calibration.gram_folder import ShiftedGrams
     from ...execute import Work
     from ...plan import Unit
+    from ...weights import Weights
 
 INFO = MethodInfo(
     summary="lower rank that makes up for what earlier layers lost",
@@ -59,13 +55,9 @@ INFO = MethodInfo(
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(RankOptions):
     """What the user chooses."""
 
-    ratio: float = required(RATIO_HELP)
-    form: str = option("pivot", FORM_HELP, choices=FORMS)
-    targets: str = option("all", TARGETS_HELP)
-    align: int = option(16, ALIGN_HELP)
     damping: float = option(
         1e-2, "multiple of the mean of the Gram matrix's diagonal that is added to both products"
     )
@@ -75,8 +67,10 @@ class Options:
     )
 
 
-def plan(models: Sequence[Model], options: Options) -> Draft:
-    """Uniform ranks for every targeted matrix.
+def plan(
+    models: Sequence[Model], options: Options, decisions: Mapping[str, Any] | None = None
+) -> Draft:
+    """Every targeted matrix at its rank.
 
     Raises:
         UsageError: an option out of range.
@@ -93,15 +87,16 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
                 "differs",
                 hint="use --targets attention, or svd-llm",
             )
-    return plan_lowrank(
-        models,
-        form=options.form,
-        ratio=options.ratio,
-        targets=options.targets,
-        align=options.align,
-        params={"damping": options.damping, "share": options.share},
-        memory=96,
-    )
+    params = {"damping": options.damping, "share": options.share}
+    return plan_ranked(models, options, params, decisions, memory=96)
+
+
+def draft_from_weights(models: Sequence[Model], options: Options, weights: Weights) -> Draft | None:
+    """The output at ranks by the matrices' own singular values, where they are not uniform."""
+    from ...linalg.lowrank import singular_values
+
+    found = decided_ranks(models[0], options, weights, lambda _, matrix: singular_values(matrix))
+    return None if found is None else plan(models, options, found)
 
 
 def decide(model: Model, options: Options, statistics: ShiftedGrams, seed: int) -> dict[str, Any]:

@@ -13,6 +13,9 @@ adds what the published script lacks: a matrix whose form would take as many num
 threshold is not taken from a table but is the smallest one at which the asked fraction of numbers is really gone in
 the chosen form, found among all models' values z. ``--least-cut`` is 0.5 in the paper and 0 in its script; here 0,
 because the pivot form saves at every rank. No text is needed. Two passes read the weights: spectra, then factors.
+Experts of a layer share a rank for each projection, because their factors are stored in one tensor; their spectrum is
+the root mean square of theirs, value by value. ``--allocate`` takes another rule in place of the threshold, which makes
+it ``svd``; ``--rank-plan`` takes given ranks.
 """
 
 from __future__ import annotations
@@ -22,24 +25,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...errors import InputError, UsageError
-from ..base import Draft, MethodInfo, option, required
-from ._allocate import Item, thresholded
-from ._lowrank import (
-    FORM_HELP,
-    FORMS,
-    RATIO_HELP,
-    TARGETS_HELP,
-    choose,
-    plan_lowrank,
-    shape_of,
-    write_lowrank,
-)
+from ..base import Draft, MethodInfo, option
+from ._allocate import RULE_HELP, RULES, thresholded
+from ._lowrank import choose, write_lowrank
+from ._ranked import RankOptions, by_layer, decided_ranks, grouped, index_of, plan_ranked
 
 if TYPE_CHECKING:
     from ...architectures.model import Model
     from ...calibration.statistics import Statistics
     from ...execute import Work
-    from ...linalg.spectrum import Values
     from ...weights import Weights
 
 INFO = MethodInfo(
@@ -52,13 +46,11 @@ INFO = MethodInfo(
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(RankOptions):
     """What the user chooses."""
 
-    ratio: float = required(RATIO_HELP)
-    form: str = option("pivot", FORM_HELP, choices=FORMS)
-    targets: str = option("all", TARGETS_HELP)
     align: int = option(1, "round ranks down to a multiple of this where a matrix is large enough")
+    allocate: str = option("welore", RULE_HELP, choices=RULES)
     normalise: str = option(
         "minmax",
         "the scale on which singular values are compared between matrices",
@@ -69,15 +61,17 @@ class Options:
     )
 
 
-def plan(models: Sequence[Model], options: Options) -> Draft:
-    """Uniform ranks, which take about as much room as those that the run will decide on.
+def plan(
+    models: Sequence[Model], options: Options, decisions: Mapping[str, Any] | None = None
+) -> Draft:
+    """Uniform ranks, which take about as much room as those that the run will decide on, or the decided ones.
 
     Raises:
         UsageError: an option out of range.
     """
     if not 0 <= options.least_cut < 1:
         raise UsageError(f"--least-cut {options.least_cut} should be at least 0 and below 1")
-    return _draft(models, options, None)
+    return plan_ranked(models, options, {}, decisions)
 
 
 def decide_from_weights(
@@ -87,7 +81,7 @@ def decide_from_weights(
     weights: Weights,
     seed: int,
 ) -> dict[str, Any]:
-    """The threshold and every matrix's rank.
+    """The threshold and every matrix's rank; nothing where options give the ranks.
 
     Raises:
         InputError: no threshold removes the asked fraction.
@@ -95,20 +89,21 @@ def decide_from_weights(
     from ...linalg.lowrank import singular_values
     from ...linalg.spectrum import places
 
-    chosen = choose(model, options.targets)
-    found: dict[str, Values] = {}
-    items: dict[str, Item] = {}
-    for linear in weights.track(chosen):
-        values_P = singular_values(weights.read(linear.region)).numpy()
-        found[linear.label] = places(values_P, options.normalise)
-        items[linear.label] = Item(shape_of(linear.region), 1, values_P)
+    if options.allocate != "welore" or options.ratio is None:
+        return (
+            decided_ranks(model, options, weights, lambda _, matrix: singular_values(matrix)) or {}
+        )
+    groups, items = grouped(
+        choose(model, options.targets), weights, lambda _, matrix: singular_values(matrix)
+    )
     threshold, ranks = thresholded(
         items,
-        found,
+        {label: places(item.values_P, options.normalise) for label, item in items.items()},
         form=options.form,
         ratio=options.ratio,
         least_cut=options.least_cut,
         align=options.align,
+        index=index_of(model, options),
     )
     if not ranks:
         raise InputError(
@@ -116,20 +111,13 @@ def decide_from_weights(
             f"{options.form} form",
             hint="use a smaller --ratio or --least-cut",
         )
-    decided: dict[str, Any] = {}
-    for linear in chosen:
-        layer = decided.setdefault(str(linear.layer), {"threshold": threshold, "ranks": {}})
-        if linear.label in ranks:
-            layer["ranks"][linear.label] = ranks[linear.label]
-    return decided
+    decided = by_layer(groups, ranks)
+    return {layer: {"threshold": threshold, **found} for layer, found in decided.items()}
 
 
 def settle(models: Sequence[Model], options: Options, decisions: dict[str, Any]) -> Draft | None:
     """The output with the decided ranks."""
-    ranks: dict[str, int] = {}
-    for layer in decisions.values():
-        ranks.update(layer["ranks"])
-    return _draft(models, options, ranks)
+    return plan(models, options, decisions) if decisions else None
 
 
 def transform(work: Work) -> dict[str, object]:
@@ -138,15 +126,3 @@ def transform(work: Work) -> dict[str, object]:
 
     (region,) = work.unit.reads
     return write_lowrank(work, truncate(work.read(region), work.params["rank"]))
-
-
-def _draft(models: Sequence[Model], options: Options, ranks: Mapping[str, int] | None) -> Draft:
-    return plan_lowrank(
-        models,
-        form=options.form,
-        ratio=options.ratio,
-        targets=options.targets,
-        align=options.align,
-        params={},
-        chosen_ranks=ranks,
-    )
