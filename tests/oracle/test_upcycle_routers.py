@@ -152,6 +152,16 @@ def test_logistic_rows_are_the_fit_to_what_the_router_sees(
     assert float(selected.diagonal().mean()) == pytest.approx(found["accuracy"], abs=1e-3)
     assert drift(source, output) < 1e-4
     assert not list(output.glob("means.*"))
+    # The load that was predicted is that of the stock router in the output.
+    grown, first = stock(output), []
+    grown.model.layers[1].mlp.gate.register_forward_hook(
+        lambda module, args, result: first.append(result[0].argmax(dim=-1))
+    )
+    with torch.no_grad():
+        for ids in sequences.ids:
+            grown(input_ids=torch.from_numpy(ids)[None])
+    load = torch.bincount(torch.cat(first), minlength=3) / 600
+    torch.testing.assert_close(load, torch.tensor(found["load"]), atol=5e-3, rtol=0)
 
 
 def test_tied_experts_have_one_row_and_zero_ones_none(
