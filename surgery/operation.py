@@ -251,6 +251,7 @@ class _Job:
                 mode=needed,
                 device=self.request.device,
                 sample=max(self.method.info.sample, self.draft.sample),
+                texts=self.draft.texts,
                 units=self.draft.units,
                 replacement=self.method.replacement,
                 operate=self.decider.operate if self.decider.sequential else None,

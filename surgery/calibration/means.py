@@ -29,6 +29,7 @@ from ..checkpoint.header import read_header, read_json
 from ..checkpoint.reader import Checkpoint, TensorReader, contained, file_digest
 from ..checkpoint.region import Region
 from ..digests import Digests
+from ..errors import InputError
 from .corpus import Corpus, Domain, read_corpus
 from .statistics import JSON_FILE, SCHEMA_VERSION, model_digest
 
@@ -117,6 +118,10 @@ class FreshMeans:
     Args:
         mode: one of `MODES`.
         sample: tokens that are kept, of every domain the same number or all it has; 0 for `SAMPLE` of each.
+        texts: how many texts there have to be; 0 for any number.
+
+    Raises:
+        InputError: unusable text, or another number of texts.
     """
 
     def __init__(
@@ -129,10 +134,17 @@ class FreshMeans:
         *,
         mode: str = "means",
         sample: int = 0,
+        texts: int = 0,
     ) -> None:
         self._model, self._data, self._device = model, data, device
         self._tokens, self._seq_len, self._mode = tokens, seq_len, mode
         self._corpus = read_corpus(data)
+        found = len(self._corpus.domains)
+        if texts and found != texts:
+            raise InputError(
+                f"{found} texts {'are given' if data else 'are built in'}, this router needs {texts}",
+                hint="give --data once for every expert or model, in their order, and neutral text last",
+            )
         if mode == "prompts":
             self._corpus = _lines(self._corpus, data)
         self._sample = -(-sample // len(self._corpus.domains)) if sample else SAMPLE

@@ -59,6 +59,7 @@ def statistics_source(
     mode: DataNeed,
     device: str,
     sample: int = 0,
+    texts: int = 0,
     units: Sequence[Unit] = (),
     replacement: Callable[[Unit, Any, Any, Any], Any] | None = None,
     operate: Callable[[Layer, Statistics], tuple[Model, TensorReader]] | None = None,
@@ -69,6 +70,7 @@ def statistics_source(
     Args:
         sample: rows of each mixture's (or, for means, feed-forward's) input that they must hold; every token's if
             the text has fewer.
+        texts: how many texts mean inputs have to be of; 0 for any number.
         units, replacement: of a method that needs what its own replacements do to later inputs.
         operate: makes a layer from its statistics, in a run that goes from layer to layer.
         targets: such a run needs what the original mixtures give the sampled tokens.
@@ -97,7 +99,9 @@ def statistics_source(
                 "mean inputs are collected by the run itself",
                 hint="give the texts with --data instead of --calibration",
             )
-        return FreshMeans(model, data, tokens, seq_len, device, mode=mode, sample=sample)
+        return FreshMeans(
+            model, data, tokens, seq_len, device, mode=mode, sample=sample, texts=texts
+        )
     if mode == "gram":
         if calibration is None:
             return FreshGrams(model, data, tokens, seq_len, device)

@@ -99,6 +99,7 @@ class Draft:
         tier: how the output loads.
         notes: sentences for plan and report.
         sample: rows of each mixture's input that these options need; ``work.inputs()`` gives them.
+        texts: how many texts mean inputs have to be of, where that is fixed; checked before any is read by a model.
         files: further small files of the output by name, such as model code.
         results: further small files by name that need the units' metrics, each made of (units, metrics by unit).
         format: what the output is.
@@ -112,6 +113,7 @@ class Draft:
     tier: Tier = "stock"
     notes: Sequence[str] = ()
     sample: int = 0
+    texts: int = 0
     files: Mapping[str, bytes] = field(default_factory=dict)
     results: Mapping[str, Callable[[Sequence[Unit], Mapping[str, Any]], bytes]] = field(
         default_factory=dict

@@ -98,7 +98,7 @@ def test_equal_models_are_one_model_and_the_load_is_told(
 
 def test_texts_have_to_fit(checkpoint: Checkpoint, tmp_path: Path, texts: tuple[Path, ...]) -> None:
     sources = [checkpoint("llama")] * 2
-    with pytest.raises(InputError, match="3 texts for 2 experts"):
+    with pytest.raises(InputError, match="3 texts are given, this router needs 2"):
         operate("upcycle", "prompts", sources, tmp_path / "out", data=texts)
     with pytest.raises(UsageError, match="--temperature"):
         operate("upcycle", "prompts", sources, tmp_path / "out", data=texts[:2], temperature=0.0)

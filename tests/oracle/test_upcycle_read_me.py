@@ -242,7 +242,7 @@ def test_evidence_is_the_logistic_fit_to_decayed_means_of_embeddings(
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"experts": 3}, InputError, "2 texts for 3 experts"),
+        ({"experts": 3}, InputError, "2 texts are built in, this router needs 3"),
         ({"experts": 0}, UsageError, "--experts"),
         ({"experts": 2, "fraction": 0.0}, UsageError, "--fraction"),
         ({"experts": 2, "half_life": 3}, UsageError, "--half-life 3"),

@@ -220,7 +220,7 @@ def test_there_is_a_text_for_every_expert(
     checkpoint: Checkpoint, tmp_path: Path, texts: tuple[Path, ...]
 ) -> None:
     source, output = checkpoint("llama"), tmp_path / "out"
-    with pytest.raises(InputError, match="3 texts for 4 experts"):
+    with pytest.raises(InputError, match="3 texts are given, this router needs 4"):
         operate("upcycle", "sparse", source, output, data=texts, experts=4, router_init="logistic")
     with pytest.raises(UsageError, match="uses no statistics"):
         operate("upcycle", "sparse", source, output, data=texts, experts=3)

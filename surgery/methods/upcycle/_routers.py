@@ -145,7 +145,12 @@ def asking(draft: Draft, options: TextRouterOptions, rows: int) -> Draft:
     if init not in DATA:
         return draft
     sample = options.router_sample * rows if init == "logistic" else 0
-    return dataclasses.replace(draft, data=DATA[init], sample=max(draft.sample, sample))
+    return dataclasses.replace(
+        draft,
+        data=DATA[init],
+        sample=max(draft.sample, sample),
+        texts=rows + options.neutral,
+    )
 
 
 def decide(
@@ -161,7 +166,7 @@ def fill(work: Work) -> dict[str, object]:
     """Run the unit of `unit`.
 
     Raises:
-        InputError: another number of texts than of rows, or rows of two groups that coincide as they are stored.
+        InputError: a text that is not told from the others, or rows of two groups that coincide as they are stored.
     """
     import torch
 
@@ -171,7 +176,7 @@ def fill(work: Work) -> dict[str, object]:
     shape = (region.shape[0] // repeat, region.shape[1])
     metrics: dict[str, object] = {}
     if params["init"] in DATA:
-        rows_GD, metrics = texts.router(work, shape[0])
+        rows_GD, metrics = texts.router(work)
     elif params["init"] == "zero":
         rows_GD = torch.zeros(shape)
     else:

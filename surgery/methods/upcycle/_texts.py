@@ -33,17 +33,16 @@ def check(temperature: float) -> None:
         raise UsageError(f"--temperature should be above 0, is {temperature}")
 
 
-def router(work: Work, count: int) -> tuple[torch.Tensor, dict[str, object]]:
-    """The rows of a layer's router, float64 [count, D], and what the report says of them.
+def router(work: Work) -> tuple[torch.Tensor, dict[str, object]]:
+    """The rows of a layer's router, float64 [E, D], and what the report says of them.
 
     Raises:
-        InputError: another number of texts than of rows, or a text that is not told from the others.
+        InputError: a text that is not told from the others.
     """
     from ...calibration.means import Means
 
     statistics, params = Means.open(work.statistics), work.params
     names = statistics.domains
-    check_count(len(names), count, neutral=params["neutral"])
     if params["init"] == "logistic":
         rows_ED, metrics = _fitted(statistics, work.layer, params["l2"])
     else:
@@ -52,19 +51,6 @@ def router(work: Work, count: int) -> tuple[torch.Tensor, dict[str, object]]:
         cosine_EE.fill_diagonal_(-1)
         metrics = {"largest_cosine": float(cosine_EE.max())}
     return rows_ED / params["temperature"], metrics
-
-
-def check_count(texts: int, experts: int, *, neutral: bool) -> None:
-    """Refuse another number of texts than of experts.
-
-    Raises:
-        InputError: there is.
-    """
-    if texts - neutral != experts:
-        raise InputError(
-            f"{texts} texts for {experts} experts" + (" and --neutral" if neutral else ""),
-            hint="give --data once for every expert or model, in their order",
-        )
 
 
 def selected(model: Model, statistics: Means, *, neutral: bool) -> dict[str, Any]:

@@ -41,7 +41,6 @@ from ...plan import Unit, copy_unit
 from ..base import Draft, Exactness, MethodInfo, option, required
 from . import _common as common
 from . import _pre_router as pre_router
-from . import _texts as texts
 
 if TYPE_CHECKING:
     import torch
@@ -100,12 +99,7 @@ def settle(models: Sequence[Model], options: Options, decisions: Mapping[str, An
 
 
 def decide(model: Model, options: Options, statistics: Means, seed: int) -> dict[str, Any]:
-    """By layer: neurons of a mask, of all masks together, of any mask, and the mean overlap of two (Jaccard).
-
-    Raises:
-        InputError: another number of texts than of experts.
-    """
-    texts.check_count(len(statistics.domains), options.experts, neutral=False)
+    """By layer: neurons of a mask, of all masks together, of any mask, and the mean overlap of two (Jaccard)."""
     found: dict[str, Any] = {}
     for layer in model.layers:
         mask_CF = _masks(statistics.neurons(layer.index), _width(layer, options))
@@ -210,6 +204,7 @@ def _plan(models: Sequence[Model], options: Options, shared: Mapping[int, int]) 
         ],
         files=files(),
         sample=options.router_sample * options.experts,
+        texts=options.experts,
     )
 
 
