@@ -23,6 +23,9 @@ normalises them, and then N times the same model gives that model's function, wh
 is a stock mixture with N times the heads and the family's own router. In 16-bit types folded gates round unless
 they are powers of two.
 
+``--target jetmoe`` (with ``--kv shared``) is a stock class for parents whose blocks fit it: Llama's without biases
+and window. It mixes all feed-forwards softly too, and weights always sum to one.
+
 Deviations: the paper gives neither the routers' distribution nor the shared keys' and values' origin; they are
 N(0, std^2) and the mean, its rule for all that is not an expert. The seed is an expert where it is given as a source.
 """
@@ -42,6 +45,7 @@ from ..base import Draft, Exactness, MethodInfo, option
 from . import _attentions as attentions
 from . import _branches as branches
 from . import _common as common
+from . import _jetmoe as jetmoe
 from . import _routers as routers
 from ._routers import RouterOptions
 
@@ -82,7 +86,9 @@ class Options(RouterOptions):
         metavar="G,...",
     )
     target: str | None = option(
-        None, "MoE family to write; by default the one that fits the parents"
+        None,
+        "MoE family to write; by default the one that fits the parents. jetmoe holds attention experts without model "
+        "code, with --kv shared",
     )
 
 
@@ -92,10 +98,14 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
     Raises:
         InputError: fewer than two models, models that differ in more than their weights, or whose norms on query
             and key cannot be each expert's own.
-        UsageError: counts or gates out of range.
+        UsageError: counts or gates out of range, or options that --target jetmoe does not have.
     """
     first, count = models[0], len(models)
     notes = branches.check(models)
+    if options.target == jetmoe.NAME:
+        if options.fold_gates:
+            raise UsageError("--target jetmoe has a router over attentions; leave out --fold-gates")
+        return jetmoe.plan(models, options, kv=options.kv, top_k=options.top_k, notes=notes)
     if options.gates is not None and not options.fold_gates:
         raise UsageError("--gates are constants, which only --fold-gates writes")
     gates = _gates(options.gates, count) if options.fold_gates else None
@@ -151,6 +161,8 @@ def transform(work: Work) -> dict[str, object]:
         return branches.mean(work)
     if part == "join":
         return attentions.join(work)
+    if part == "repeat":
+        return jetmoe.fill(work)
     if part == "attention-router":
         (target,) = work.unit.writes
         rows = work.rng("attention-router", work.layer).standard_normal(
