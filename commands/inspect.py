@@ -24,10 +24,11 @@ def inspect(
     """Tell family, sizes, experts and router of a checkpoint, and what can be done with it.
 
     Reads config and headers only, and checks them completely: every tensor the config promises is there, has
-    its shape, and no other is. With `--calibration`, statistics of its experts from `moesurg calibrate` tell how evenly
-    they are used, how alike they are in router rows, weights and outputs, which pairs would merge well, how long
-    routing stays with the same experts (with `calibrate --trace`), and how stable each pruning score is under half of
-    the text. This reads the experts' weights once.
+    its shape, and no other is. Of an output with model code of moesurg, which parts are not stock, and in which forms.
+    With `--calibration`, statistics of its experts from `moesurg calibrate` tell how evenly they are used, how alike
+    they are in router rows, weights and outputs, which pairs would merge well, how long routing stays with the same
+    experts (with `calibrate --trace`), and how stable each pruning score is under half of the text. This reads the
+    experts' weights once.
     """
     from moesurg.surgery import inspection
 
@@ -55,19 +56,23 @@ def _show(console: Console, record: dict[str, Any]) -> None:
 
 
 def _rows(record: dict[str, Any]) -> dict[str, str]:
+    from moesurg.surgery import methods
+
     parameters, widths = record["parameters"], record["widths"]
     rows = {
         "checkpoint": record["folder"],
         "family": f"{record['family']} ({record['class']})",
         "support": record["support"]["sentence"],
-        "parameters": f"{in_number(parameters['total'])}, "
-        f"{in_number(parameters['active_per_token'])} active per token",
+        "parameters": _parameters(parameters),
         "stored": f"{in_bytes(record['bytes'])} in {len(record['shards'])} file(s), "
         f"{record['tensors']} tensors, {', '.join(record['dtypes'])}",
         "layers": str(record["layers"]),
         "widths": ", ".join(f"{name.replace('_', ' ')} {size}" for name, size in widths.items()),
         "embeddings": "tied" if record["tied_embeddings"] else "separate head",
     }
+    for name, part in record.get("parts", {}).items():
+        forms = ", ".join(f"{form} {count}" for form, count in part.get("forms", {}).items())
+        rows[name.replace("_", " ")] = f"{part['entries']}" + (f": {forms}" if forms else "")
     if "moe" in record:
         moe = record["moe"]
         rows["experts"] = (
@@ -81,9 +86,19 @@ def _rows(record: dict[str, Any]) -> dict[str, str]:
     for target in record.get("upcycle_targets", ()):
         possible = target["possible"]
         rows[f"to {target['family']}"] = ("possible: " if possible else "not: ") + target["reason"]
-    names = [f"{method['command']} --method {method['name']}" for method in record["methods"]]
+    names = [
+        f"{method['command']} --{'' if method['command'] in methods.BY_FLAG else 'method '}{method['name']}"
+        for method in record["methods"]
+    ]
     rows["methods"] = ", ".join(names) or "none"
     return rows
+
+
+def _parameters(parameters: dict[str, Any]) -> str:
+    total = in_number(parameters["total"])
+    if parameters["active_per_token"] is None:
+        return f"{total} instead of {in_number(parameters['stock'])}"
+    return f"{total}, {in_number(parameters['active_per_token'])} active per token"
 
 
 def _origin(provenance: dict[str, Any]) -> dict[str, str]:

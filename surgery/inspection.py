@@ -14,6 +14,7 @@ from .architectures.model import Layer, Model
 from .checkpoint.header import read_json
 from .checkpoint.hub import resolve
 from .checkpoint.reader import contained
+from .custom import CustomModel, is_custom_folder
 from .errors import InputError
 from .progress import Progress, Silent
 
@@ -62,7 +63,12 @@ def inspect(
     Raises:
         InputError: the checkpoint is bad or unsupported, as `Model.open` finds it.
     """
-    model = Model.open(resolve(source))
+    folder = resolve(source)
+    if is_custom_folder(folder):
+        from .inspection_custom import inspect_custom
+
+        return inspect_custom(source, folder, calibration)
+    model = Model.open(folder)
     counts = _component_counts(model)
     total = sum(count for component, count in counts.items() if component != "other")
     routed = counts["experts"]
@@ -153,13 +159,19 @@ def _widths(model: Model) -> dict[str, int]:
     return found
 
 
-def _component_counts(model: Model) -> dict[str, int]:
-    tensors, family = model.checkpoint.tensors, model.family
+def _components(model: Model) -> dict[str, str]:
+    """What every tensor counts under."""
+    family = model.family
     component = {family.embedding: "embedding", family.final_norm: "norms"}
     component |= {family.final_norm_bias: "norms", family.head_bias_name: "head"}
     component[family.head] = "other" if model.config.tied else "head"
     for layer in model.layers:
         component.update(_layer_components(layer))
+    return component
+
+
+def _component_counts(model: Model) -> dict[str, int]:
+    tensors, component = model.checkpoint.tensors, _components(model)
     counts = dict.fromkeys(COMPONENTS, 0)
     for name, info in tensors.items():
         counts[component.get(name, "other")] += _count(info.shape)
@@ -189,7 +201,7 @@ def _layer_components(layer: Layer) -> dict[str, str]:
     return found
 
 
-def _dtypes(model: Model) -> dict[str, dict[str, int]]:
+def _dtypes(model: Model | CustomModel) -> dict[str, dict[str, int]]:
     found: dict[str, dict[str, int]] = {}
     for info in model.checkpoint.tensors.values():
         row = found.setdefault(info.dtype, {"tensors": 0, "parameters": 0, "bytes": 0})
@@ -199,7 +211,7 @@ def _dtypes(model: Model) -> dict[str, dict[str, int]]:
     return dict(sorted(found.items()))
 
 
-def _shards(model: Model) -> list[dict[str, object]]:
+def _shards(model: Model | CustomModel) -> list[dict[str, object]]:
     held = dict.fromkeys(model.checkpoint.files, 0)
     for info in model.checkpoint.tensors.values():
         held[info.file] += 1
@@ -310,7 +322,7 @@ def _idle_attention(model: Model, layer: Layer) -> int:
     return routed - routed * model.rule.top_k // model.experts if routed else 0
 
 
-def _provenance(model: Model) -> dict[str, Any] | None:
+def _provenance(model: Model | CustomModel) -> dict[str, Any] | None:
     """What our own report in the folder says of its origin, if there is one."""
     if not (model.folder / REPORT).is_file():
         return None

@@ -120,6 +120,24 @@ def layer_shapes(
     return shapes
 
 
+def expected_shapes(
+    family: Family, config: Config, layout: ExpertLayout | None
+) -> Iterator[tuple[str, Shape]]:
+    """Name and shape of every tensor that a config promises, with experts stored in a layout."""
+    yield family.embedding, (config.vocab, config.hidden)
+    for index in range(config.layers):
+        prefix = family.prefix.format(layer=index)
+        for name, shape in layer_shapes(family, config, layout, index).items():
+            yield prefix + name, shape
+    yield family.final_norm, (config.hidden,)
+    if family.norm_bias:
+        yield family.final_norm_bias, (config.hidden,)
+    if not config.tied:
+        yield family.head, (config.vocab, config.hidden)
+    if family.head_bias(config):
+        yield family.head_bias_name, (config.vocab,)
+
+
 class Model:
     """A validated checkpoint of a known family. Holds no weight."""
 
@@ -242,22 +260,11 @@ class Model:
     def _layer_shapes(self, index: int) -> dict[str, Shape]:
         return layer_shapes(self.family, self.config, self.layout, index)
 
-    def _expected(self) -> Iterator[tuple[str, Shape]]:
-        config, family = self.config, self.family
-        yield family.embedding, (config.vocab, config.hidden)
-        for layer in self.layers:
-            for name, shape in self._layer_shapes(layer.index).items():
-                yield layer.prefix + name, shape
-        yield family.final_norm, (config.hidden,)
-        if family.norm_bias:
-            yield family.final_norm_bias, (config.hidden,)
-        if not config.tied:
-            yield family.head, (config.vocab, config.hidden)
-        if family.head_bias(config):
-            yield family.head_bias_name, (config.vocab,)
-
     def _validate(self) -> None:
-        tensors, expected = self.checkpoint.tensors, dict(self._expected())
+        tensors, expected = (
+            self.checkpoint.tensors,
+            dict(expected_shapes(self.family, self.config, self.layout)),
+        )
         passed = set(self.prediction_names())
         for name, shape in expected.items():
             if name not in tensors:

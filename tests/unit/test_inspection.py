@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from moesurg.surgery.errors import InputError
 from moesurg.surgery.inspection import inspect
+from tests.oracle.helpers import custom, operate
 
 DENSE = ("llama", "mistral", "qwen2", "qwen3")
 MOE = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
@@ -86,3 +88,36 @@ def test_a_strange_report_is_not_ours(checkpoint: Callable[..., Path], tmp_path:
     (folder / "report.json").write_text(json.dumps(ours))
     found: Any = inspect(str(folder))
     assert found["provenance"] == {key: ours[key] for key in ("moesurg", "method", "fingerprint")}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_custom_outputs_are_counted_as_their_model_code_holds_them(
+    family: str, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    source, out = checkpoint(family), tmp_path / "out"
+    operate("compress", "svd", source, out, ratio=0.3)
+    found: Any = inspect(str(out))
+    assert found["class"].startswith("Moesurg")
+    assert "convert --expand" in found["support"]["sentence"]
+    assert found["parameters"]["total"] == sum(p.numel() for p in custom(out).parameters())
+    plain: Any = inspect(str(source))
+    assert found["parameters"]["stock"] == plain["parameters"]["total"]
+    assert found["widths"] == plain["widths"]
+    before, after = (item["parameters"]["components"] for item in (plain, found))
+    assert before.keys() == after.keys() - {"other"}
+    for name, count in before.items():
+        smaller = name in ("attention", "dense_ffn", "experts")
+        assert after[name] < count if smaller else after[name] == count
+    forms = {form for part in found["parts"].values() for form in part["forms"]}
+    assert forms == {"pivot"}
+    assert found["provenance"]["method"] == "svd"
+
+
+def test_what_no_stock_class_holds_is_said_so(
+    checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    operate("expert", "null", checkpoint("qwen3_moe"), tmp_path / "out", zero=2)
+    found: Any = inspect(str(tmp_path / "out"))
+    assert "no stock class" in found["support"]["sentence"]
+    with pytest.raises(InputError, match="not analysed"):
+        inspect(str(tmp_path / "out"), tmp_path)
