@@ -101,7 +101,10 @@ def config(
     """
     first = adapters[0].config
     announced = {key for adapter in adapters for key in adapter.config.saved}
-    saved = sorted({key for key in announced for name in full if key in name.split(".")[:-1]})
+    modules = {name.rpartition(".")[0] for name in full}
+    saved = sorted(
+        key for key in announced if any(f".{module}".endswith(f".{key}") for module in modules)
+    )
     return config_of(
         written,
         base=first.base,

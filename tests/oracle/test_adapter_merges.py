@@ -321,6 +321,23 @@ def test_sums_are_sums(method: str, checkpoint: Checkpoint, tmp_path: Path) -> N
     assert distance(changes(tmp_path / "out"), summed(folders, weights)) < 1e-4
 
 
+def test_a_sweep_of_stacked_adapters(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Every point of the grid is the sum at its weights, and what a merge of its own would be."""
+    folders = [checkpoint("adapter", seed=seed) for seed in (1, 2)]
+    operate("merge", "cat", folders, tmp_path / "out", sweep="simplex:step=0.5")
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    found = {entry["folder"]: entry["weights"] for entry in manifest["outputs"]}
+    assert sorted(found.values()) == [[0.0, 1.0], [0.5, 0.5], [1.0, 0.0]]
+    for folder, weights in found.items():
+        out = tmp_path / "out" / folder
+        assert distance(changes(out), summed(folders, weights)) < 1e-5
+        peft(checkpoint("llama"), out)
+    operate("merge", "cat", folders, tmp_path / "one", weights="0.5,0.5")
+    half = next(folder for folder, weights in found.items() if weights == [0.5, 0.5])
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "out" / half / name).read_bytes()
+
+
 def remix(source: Path, target: Path, seed: int) -> Path:
     """The same adapter, each module's factors mixed by an invertible matrix."""
     generator = torch.Generator().manual_seed(seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,55 @@ def test_what_an_adapter_does_not_hold_is_refused_or_counted(
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert any(changed in note for note in report["notes"])
     assert result["tier"] == "stock"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_norms_embeddings_and_heads_are_saved_in_full(
+    tied: bool, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    base = checkpoint("qwen3", tie_word_embeddings=tied)
+    middle = planted(base, tmp_path / "middle", 2, ["model.layers.0.self_attn.q_proj.weight"])
+    changed = [
+        "model.norm.weight",
+        "model.layers.1.input_layernorm.weight",
+        "model.layers.1.self_attn.q_norm.weight",
+        "model.embed_tokens.weight",
+    ]
+    generator = torch.Generator().manual_seed(0)
+    change = {
+        name: tensors(base)[name] + 0.1 * torch.randn(shape, generator=generator)
+        for name in changed
+        for shape in [tensors(base)[name].shape]
+    }
+    tuned = rewrite(middle, tmp_path / "tuned", change)
+    operate("adapter", "extract", [base, tuned], tmp_path / "out", rest="save", rank=2)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    saved = {name.removesuffix(".weight") for name in changed} | ({"lm_head"} if tied else set())
+    assert set(config["modules_to_save"]) == saved
+    with warnings.catch_warnings():
+        # PEFT sees that both ends of the tie are there, which is what keeps them equal.
+        warnings.filterwarnings("ignore", message="Model has .tie_word_embeddings")
+        assert close(adapted(base, tmp_path / "out"), logits(tuned, token_ids(base)))
+    operate("merge", "svd", tmp_path / "out", tmp_path / "again")
+    again = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
+    assert set(again["modules_to_save"]) == saved
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("qwen2", "model.layers.0.self_attn.q_proj.bias"),
+        ("qwen3_moe", "model.layers.0.mlp.gate.weight"),
+    ],
+)
+def test_what_peft_cannot_save_is_refused(
+    family: str, name: str, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    base = checkpoint(family)
+    middle = planted(base, tmp_path / "middle", 2, ["model.layers.0.self_attn.q_proj.weight"])
+    tuned = rewrite(middle, tmp_path / "tuned", {name: tensors(base)[name] + 0.1})
+    with pytest.raises(InputError, match="cannot be saved in an adapter"):
+        operate("adapter", "extract", [base, tuned], tmp_path / "out", rest="save")
 
 
 def test_nothing_to_extract(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -9,8 +9,11 @@ for every linear layer of the decoder blocks and, as PEFT's targeted parameters,
 eigendecomposition in float64; `--fast` takes a randomised one, at a small excess over the optimal error.
 
 What an adapter of linear layers does not hold - norms, embeddings, the head, biases, routers - is compared too: if
-any of it changed, the extraction is refused, unless ``--rest skip`` leaves it out, which the report counts. The base
-is the first source, the fine-tune the second; both have one family, one shape and one vocabulary.
+any of it changed, the extraction is refused, unless ``--rest skip`` leaves it out, which the report counts, or
+``--rest save`` stores what changed of norms, embeddings and the head in full (``modules_to_save``), byte for byte. With
+tied embeddings PEFT saves the head apart, so both are stored. Biases and routers cannot be saved: PEFT saves whole
+modules, which the former share with factors, and calls the latter by other names than checkpoints do. The base is the
+first source, the fine-tune the second; both have one family, one shape and one vocabulary.
 """
 
 from __future__ import annotations
@@ -20,11 +23,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ...adapters.adapter import PREFIX
 from ...adapters.output import Written, config_of
 from ...adapters.targets import targets
+from ...checkpoint.layout import TensorSpec
 from ...checkpoint.region import Region
 from ...errors import InputError, UsageError
-from ...plan import Unit
+from ...plan import Unit, copy_unit
 from ...vocabulary import same_vocabulary
 from .._alike import same_settings, same_tensors
 from ..base import Draft, Exactness, MethodInfo, option
@@ -59,7 +64,7 @@ class Options:
     rest: str = option(
         "refuse",
         "what is done where anything but linear layers changed",
-        choices=("refuse", "skip"),
+        choices=("refuse", "skip", "save"),
     )
     fast: bool = option(False, "randomised decompositions, nearly optimal")
     base_name: str | None = option(
@@ -85,7 +90,7 @@ def decide_from_weights(
     Raises:
         InputError: something else changed, or nothing did.
     """
-    base, _ = weights.sources
+    base, tuned = weights.sources
     found = list(targets(base))
     covered = {region.tensor for target in found for region in target.regions}
     others = [name for name in base.names() if name not in covered]
@@ -110,13 +115,27 @@ def decide_from_weights(
     rest = [name for name in weights.track(others) if _differs(weights, base.whole(name))]
     if rest and options.rest == "refuse":
         raise InputError(
-            f"{weights.sources[1].folder}: {len(rest)} tensors changed that an adapter of linear layers does not hold, "
+            f"{tuned.folder}: {len(rest)} tensors changed that an adapter of linear layers does not hold, "
             f"{rest[0]!r} first",
-            hint="--rest skip leaves them out",
+            hint="--rest save stores norms, embeddings and the head in full, --rest skip leaves everything out",
         )
+    saved: list[str] = []
+    if options.rest == "save":
+        savable = _savable(base)
+        strange = next((name for name in rest if name not in savable), None)
+        if strange is not None:
+            raise InputError(
+                f"{tuned.folder}: {strange!r} changed, which is no norm, no embedding and no head, and "
+                "cannot be saved in an adapter",
+                hint="--rest skip leaves out everything but linear layers",
+            )
+        # PEFT saves and loads whole modules.
+        owners = {name.rpartition(".")[0] for name in rest}
+        saved = [name for name in savable if name.rpartition(".")[0] in owners]
+        rest = []
     if not ranks:
-        raise InputError(f"{weights.sources[1].folder}: no linear layer differs from the base")
-    return {"None": {"ranks": ranks, "left_out": rest}}
+        raise InputError(f"{tuned.folder}: no linear layer differs from the base")
+    return {"None": {"ranks": ranks, "left_out": rest, "saved": saved}}
 
 
 def settle(models: Sequence[Model], options: Options, decisions: Any) -> Draft | None:
@@ -209,19 +228,58 @@ def _plan(models: Sequence[Model], options: Options, decided: Any) -> Draft:
         notes.append(
             f"{len(decided['left_out'])} changed tensors are not in the adapter, {decided['left_out'][0]!r} first"
         )
+    saved = _savable(base) if options.rest == "save" else []
+    full, moves = _full(tuned, saved if decided is None else decided["saved"])
+    if moves:
+        units.append(copy_unit("saved", moves))
+        notes.append(f"{len(moves)} tensors are saved in full")
     name = options.base_name or base.folder.resolve().name
     config = config_of(
-        written, base=name, task="CAUSAL_LM", parameters=list(dict.fromkeys(parameters))
+        written,
+        base=name,
+        task="CAUSAL_LM",
+        parameters=list(dict.fromkeys(parameters)),
+        saved=sorted({s.name.removeprefix(PREFIX).rpartition(".")[0] for s in full}),
     )
     why = "each layer's change is truncated to its rank"
     return Draft(
         config,
-        [spec for entry in written for spec in entry.specs],
+        [spec for entry in written for spec in entry.specs] + full,
         units,
         Exactness("approximate", why),
         notes=notes,
         format="adapter",
     )
+
+
+def _savable(model: Model) -> list[str]:
+    """Tensors of modules that PEFT can save: norms, which have one dimension, embeddings and the head."""
+    whole = (model.family.embedding, model.family.head)
+    names = list(model.names())
+    found = [
+        name
+        for name in names
+        if name in whole or (name.endswith("norm.weight") and len(model.whole(name).shape) == 1)
+    ]
+    owners = {name.rpartition(".")[0] for name in found}
+    return [name for name in names if name.rpartition(".")[0] in owners]
+
+
+def _full(
+    tuned: Model, names: Sequence[str]
+) -> tuple[list[TensorSpec], list[tuple[Region, list[Region]]]]:
+    """Tensors that are saved in full, and where their bytes come from: the fine-tune, the second source."""
+    embedding, head = tuned.family.embedding, tuned.family.head
+    pairs = {name: name for name in names}
+    if tuned.config.tied and (embedding in pairs or head in pairs):
+        pairs[embedding] = pairs[head] = embedding
+    specs, moves = [], []
+    for name, stored in sorted(pairs.items()):
+        whole = tuned.whole(stored)
+        specs.append(TensorSpec(PREFIX + name, tuned.dtype(stored), whole.shape))
+        read = dataclasses.replace(whole, source=1)
+        moves.append((read, [Region(PREFIX + name, whole.shape)]))
+    return specs, moves
 
 
 def _differs(weights: Weights, region: Region) -> bool:
