@@ -145,7 +145,9 @@ class Plan:
             if not folder:
                 shards.extend(lay_out(specs, stem="shared"))
                 continue
-            for shard in lay_out(specs, max_shard_bytes=limit, stem=found.stem):
+            inner = found.of(folder)
+            size = limit if inner.sharded else max(1, self.bytes)
+            for shard in lay_out(specs, max_shard_bytes=size, stem=inner.stem):
                 begin = {f"{folder}/{name}": offset for name, offset in shard.begin.items()}
                 shards.append(Shard(f"{folder}/{shard.file}", shard.header, begin, shard.size))
         return shards
@@ -156,9 +158,9 @@ class Plan:
         for shard in self.shards:
             folder, _, _ = shard.file.rpartition("/")
             found.setdefault(folder, []).append(shard)
-        name = FORMATS[self.format].index
+        form = FORMATS[self.format]
         return {
-            f"{folder}/{name}" if folder else name: index_json(
+            f"{folder}/{form.of(folder).index}" if folder else form.index: index_json(
                 shards, f"{folder}/" if folder else ""
             )
             for folder, shards in found.items()

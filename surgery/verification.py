@@ -69,6 +69,7 @@ def verify(
     if not members:
         against = _source(report, reference)
         loaded, exactness = verify_custom(checkpoints[0], report, against, device, progress)
+    kinds: list[str] = []
     for member in members:
         if isinstance(member, Pack):
             loaded, exactness = _pack(member, report)
@@ -77,8 +78,11 @@ def verify(
         elif isinstance(member, Model):
             loaded = _loads(member.folder, report, progress)
             exactness = _exactness(member, report, reference, device, progress)
+        kinds.append(loaded)
     if len(members) > 1:
-        loaded = f"{len(members)} folders, each as {loaded}"
+        # One sentence for folders of one kind, though adapters may count different modules.
+        mixed = len({type(member) for member in members}) > 1
+        loaded = "; ".join(kinds) if mixed else f"{len(members)} folders, each as {loaded}"
     known = set(report["output"]["files"]) | {"report.json"}
     there = {found.relative_to(path).as_posix() for found in path.rglob("*") if found.is_file()}
     return {

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import InputError
@@ -18,6 +19,7 @@ class Format:
         stem: weights are ``<stem>.safetensors`` or, where ``sharded``, several files and an index.
         sharded: whether loaders of this format read several files.
         member: of a shelf, the format of each of its folders; None for everything else.
+        others: of a shelf, folders by name that have another format.
     """
 
     name: str
@@ -25,6 +27,11 @@ class Format:
     stem: str
     sharded: bool
     member: Format | None = None
+    others: Mapping[str, Format] = field(default_factory=dict)
+
+    def of(self, folder: str) -> Format:
+        """The format of one of a shelf's folders."""
+        return self.others.get(folder, self.member or self)
 
     @property
     def single(self) -> str:
@@ -48,8 +55,18 @@ ADAPTERS = Format("adapters", SHELF, ADAPTER.stem, sharded=False, member=ADAPTER
 """A shelf of adapters: a folder each, all made by one run. Its tensors are planned as ``<folder>/<name>``."""
 MODELS = Format("models", SHELF, MODEL.stem, sharded=True, member=MODEL)
 """A shelf of models."""
+BASE_FOLDER, ADAPTER_FOLDER = "base", "adapter"
+BASED = Format(
+    "model and adapter",
+    SHELF,
+    MODEL.stem,
+    sharded=True,
+    member=MODEL,
+    others={ADAPTER_FOLDER: ADAPTER},
+)
+"""A shelf of one model and one adapter of it, in folders of these names."""
 
-FORMATS = {found.name: found for found in (MODEL, ADAPTER, PACK, ADAPTERS, MODELS)}
+FORMATS = {found.name: found for found in (MODEL, ADAPTER, PACK, ADAPTERS, MODELS, BASED)}
 
 
 def format_of(folder: Path) -> Format:
@@ -63,6 +80,10 @@ def format_of(folder: Path) -> Format:
     if (folder / PACK.config).exists():
         return PACK
     if (folder / SHELF).exists():
+        if (folder / BASE_FOLDER / MODEL.config).exists() and (
+            folder / ADAPTER_FOLDER / ADAPTER.config
+        ).exists():
+            return BASED
         return MODELS if any(folder.glob(f"*/{MODEL.config}")) else ADAPTERS
     adapter = (folder / ADAPTER.config).exists()
     weights = any((folder / name).exists() for name in (MODEL.single, MODEL.index))

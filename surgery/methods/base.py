@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 DataNeed = Literal["none", "routed", "all-expert", "gram", "shifted", "means", "prompts", "neurons"]
 Tier = Literal["stock", "padded", "custom", "pack"]
-FormatName = Literal["model", "adapter", "pack", "adapters", "models"]
+FormatName = Literal["model", "adapter", "pack", "adapters", "models", "model and adapter"]
 
 
 def option(default: Any, help: str, *, choices: Sequence[str] = (), metavar: str = "") -> Any:

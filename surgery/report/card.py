@@ -46,6 +46,7 @@ def common_licence(folders: Sequence[Path]) -> str | None:
 
 _LOADS = {
     "adapter": "PEFT adapter",
+    "model and adapter": "a stock model in `base`, with the PEFT adapter in `adapter`",
     "pack": "a pack, out of which `moesurg revert` takes each input",
 }
 

@@ -10,7 +10,7 @@ Schema, version 1:
 * ``fingerprint``: SHA-256 of what decides the output, also the key of ``--resume``
 * ``sources``: for each input ``path``, ``model_type`` and ``files`` (SHA-256 by name)
 * ``statistics``: digest and description of the calibration, or null
-* ``format`` of the output (``model``, ``adapter``, ``pack``, or a shelf of ``adapters`` or ``models``)
+* ``format`` of the output (``model``, ``adapter``, ``pack``, or a shelf, see `checkpoint/formats.py`)
 * ``tier``, ``exactness`` (``kind``, ``reason``, ``tolerance``), ``notes``
 * ``output``: ``files`` (``sha256`` and ``bytes`` by name), ``tensors``, ``bytes``, ``parameters``
 * ``parameters``: ``before`` and ``after``

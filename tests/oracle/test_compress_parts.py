@@ -12,7 +12,9 @@ import torch
 
 from moesurg.surgery.checkpoint.reader import open_checkpoint
 from moesurg.surgery.errors import InputError, UsageError
-from tests.oracle.helpers import custom, operate, stock, tensors, token_ids
+from moesurg.surgery.progress import Silent
+from moesurg.surgery.verification import verify
+from tests.oracle.helpers import custom, operate, peft, stock, tensors, token_ids
 
 Checkpoint = Callable[..., Path]
 RUNS: dict[str, dict[str, Any]] = {
@@ -103,6 +105,54 @@ def test_a_residual_of_higher_rank_or_seen_text_is_better_where_it_counts(
     )
     blind, seen = tensors(tmp_path / "8"), tensors(tmp_path / "seen")
     assert any(not torch.equal(blind[name], seen[name]) for name in blind)
+
+
+@pytest.mark.parametrize("bits", ["int4", "ternary"])
+def test_a_residual_is_an_adapter_that_peft_loads(
+    bits: str, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    source, options = checkpoint("qwen2"), {"ratio": 0.2, "rank": 4, "group": 16, "bits": bits}
+    result = operate("compress", "residual", source, tmp_path / "out", form="lora", **options)
+    assert result["tier"] == "stock"
+    operate("compress", "residual", source, tmp_path / "dense", form="dense", **options)
+    base, adapter = tmp_path / "out" / "base", tmp_path / "out" / "adapter"
+    ids = token_ids(source)
+    with torch.no_grad():
+        wanted = stock(tmp_path / "dense")(input_ids=ids).logits
+        rounded = stock(base)(input_ids=ids).logits
+        found = peft(base, adapter)(input_ids=ids).logits
+    assert float((found - wanted).abs().max()) < 1e-4
+    assert float((rounded - wanted).abs().max()) > 1e-2
+    # Every group of a rounded matrix has as many values as its bits have.
+    matrix = tensors(base)["model.layers.0.mlp.up_proj.weight"]
+    values = [len(group.unique()) for row in matrix for group in row.split(16)]
+    assert max(values) <= {"int4": 15, "ternary": 3}[bits]
+    checked = verify(str(tmp_path / "out"), reference=None, device="cpu", progress=Silent())
+    assert "PEFT" in checked["loads"]
+    assert checked["not_in_report"] == []
+    operate("adapter", "apply", [base, adapter], tmp_path / "applied")
+    with torch.no_grad():
+        applied = stock(tmp_path / "applied")(input_ids=ids).logits
+    assert float((applied - wanted).abs().max()) < 1e-4
+
+
+def test_an_adapter_is_for_linear_layers(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"ratio": 0.2, "rank": 2, "group": 16, "form": "lora"}
+    with pytest.raises(InputError, match="is an expert's matrix"):
+        operate("compress", "residual", checkpoint("qwen3_moe"), tmp_path / "out", **options)
+    operate(
+        "compress",
+        "residual",
+        checkpoint("qwen3_moe"),
+        tmp_path / "out",
+        targets="attention",
+        **options,
+    )
+    peft(tmp_path / "out" / "base", tmp_path / "out" / "adapter")
+    with pytest.raises(InputError, match="rank 0"):
+        operate(
+            "compress", "residual", checkpoint("llama"), tmp_path / "no", **{**options, "rank": 0}
+        )
 
 
 def test_what_cannot_be_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -28,6 +28,10 @@ FORM_HELP = (
     "parts: as the method makes them, with model code; dense: a matrix as before, which saves nothing and loads as "
     "stock"
 )
+LORA_HELP = (
+    f"{FORM_HELP}; lora: the rounded matrices as a stock model in the folder base, and the residual as its PEFT "
+    "adapter in the folder adapter"
+)
 
 
 def plan_parts(
@@ -70,14 +74,19 @@ def plan_parts(
         if entry is not None:
             rows, columns = shape
             need = (64 + memory) * rows * columns + 32 * min(rows, columns) ** 2
-            known = {**params, "parts": parts, "entry": dict(entry)}
+            known = {**params, "parts": parts, "lora": form == "lora", "entry": dict(entry)}
             cuts.append(Cut(item, entry, known, need))
     if not cuts:
         raise InputError(
             f"{model.folder}: no targeted matrix can be stored with {ratio:.0%} fewer bytes",
             hint="use a smaller --ratio",
         )
-    made = replace_matrices(model, cuts, form=form)
+    lora = form == "lora"
+    made = replace_matrices(model, cuts, form="dense" if lora else form)
+    if lora:
+        from ._lora import with_adapter
+
+        made = with_adapter(model, made, cuts)
     removed = f"{after:,} bytes instead of {before:,} ({1 - after / before:.1%} removed)"
     shapes = ", ".join(
         f"{rows}x{columns}: {entry['rank']}"
@@ -88,6 +97,12 @@ def plan_parts(
     if parts:
         notes.append(f"the {len(chosen)} targeted matrices take {removed}")
         notes.append(LOAD)
+    elif lora:
+        notes.append(
+            "PEFT puts them together: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("
+            "FOLDER + '/base'), FOLDER + '/adapter'); the base is stored in its own type, so nothing is saved until a "
+            "loader rounds it again"
+        )
     else:
         notes.append(f"the parts would take {removed}; the dense form stores all of them")
     left = len(chosen) - len(cuts)
@@ -102,6 +117,7 @@ def plan_parts(
         tier="custom" if parts else "stock",
         notes=notes,
         files=made.files,
+        format="model and adapter" if lora else "model",
     )
 
 

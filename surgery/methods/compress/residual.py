@@ -10,7 +10,10 @@ Rounding is to the nearest; scales are symmetric and chosen for their group's sq
 ``--bits`` and ``--group`` decide the integers' size; ``--rank`` is lowered until ``--ratio`` of the bytes is gone,
 and a ratio that the integers alone do not reach is refused. Sizes count codes, scales and factors as stored.
 ``--form parts`` stores packed codes and decodes them at every call, which saves memory, not time; ``dense`` stores
-the sum.
+the sum. ``lora`` stores Q as a stock model and B A as an adapter of it in PEFT's format, for loaders that hold a base
+in few bits and add adapters (QLoRA's way of serving): Q is rounded once to the model's type, and the residual makes up
+for that too. Other methods of `compress` have no such form: without Q the base would be zero and still be stored, and
+that of ``d2-moe`` would be stored once an expert.
 """
 
 from __future__ import annotations
@@ -23,8 +26,8 @@ from ...errors import InputError, UsageError
 from ..base import Draft, MethodInfo, option, required
 from ._lowrank import TARGETS_HELP
 from ._parts import (
-    FORM_HELP,
     FORMS,
+    LORA_HELP,
     RATIO_HELP,
     Entry,
     Shape,
@@ -54,7 +57,7 @@ class Options:
     """What the user chooses."""
 
     ratio: float = required(RATIO_HELP)
-    form: str = option("parts", FORM_HELP, choices=FORMS)
+    form: str = option("parts", LORA_HELP, choices=(*FORMS, "lora"))
     targets: str = option("all", TARGETS_HELP)
     bits: str = option("int4", "what the matrix is rounded to", choices=tuple(BITS))
     group: int = option(64, "consecutive inputs that share a scale")
@@ -131,6 +134,8 @@ def transform(work: Work) -> dict[str, object]:
     found = quantise(matrix, work.params["bits"], entry["group"])
     # The residual makes up for the rounding of the scales too.
     dense = found.rounded(kind).dense()
+    if work.params["lora"]:
+        dense = dense.to(kind).double()
     tensors = {"codes": found.packed(), "scales": found.scales_MG}
     norm = float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
     rounding = float(torch.linalg.vector_norm(dense - matrix)) / norm if norm else 0.0
@@ -143,6 +148,10 @@ def transform(work: Work) -> dict[str, object]:
             rest = truncate_whitened(left, gram, entry["rank"], damping=work.params["damping"])
         else:
             rest = truncate(left, entry["rank"])
+        if work.params["lora"]:
+            from ._lora import write_sum
+
+            return {**write_sum(work, dense, rest), "rounding": rounding}
         left_MR, right_RN = rest.balanced()
         tensors |= {"lowrank_A.weight": right_RN, "lowrank_B.weight": left_MR}
         dense = dense + rest.product()
