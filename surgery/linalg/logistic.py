@@ -70,14 +70,14 @@ def fit(x_ND: torch.Tensor, label_N: torch.Tensor, classes: int, *, l2: float) -
 def held_out(sequence_N: torch.Tensor) -> torch.Tensor:
     """Which rows of a class to leave out of a fit that is to be judged by them: bool [N].
 
-    Every fifth sequence, because tokens of one sequence know of each other; of a class of fewer than three sequences,
-    the last fifth of its rows.
+    Every fifth sequence, because tokens of one sequence know of each other; where that is none or all of them, the last
+    fifth of the rows.
 
     Args:
         sequence_N: the sequence of each row, ascending from 0.
     """
     out_N = sequence_N % 5 == 2
-    if bool(out_N.any()):
+    if bool(out_N.any()) and not bool(out_N.all()):
         return out_N
     return torch.arange(len(sequence_N)) >= len(sequence_N) - len(sequence_N) // 5
 
