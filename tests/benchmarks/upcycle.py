@@ -2,10 +2,11 @@
 
     python -m tests.benchmarks.upcycle [--layers 4 8 16] [--runs 3] [--folder DIR]
 
-Random Llama checkpoints as in `io.py`: ``sparse`` copies one, ``btx`` takes experts from four and averages the rest in
-float32. Memory should depend neither on the depth nor on the number of sources: it is anonymous memory above that of
-the process before its first run, and what an earlier run left to the allocator counts. Everything runs in one process
-that has imported its libraries; ratios are of medians taken in the same minute.
+Random Llama checkpoints as in `io.py`: ``sparse`` copies one, ``btx`` takes experts from four and averages the rest
+in float64, ``bam`` also sets their attentions side by side. Memory should depend neither on the depth nor on the
+number of sources: it is anonymous memory above that of the process before its first run, and what an earlier run left
+to the allocator counts. Everything runs in one process that has imported its libraries; ratios are of medians taken
+in the same minute.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from moesurg.surgery.operation import Request, run
 from moesurg.surgery.progress import Silent
 from tests.benchmarks.io import EXPERTS, anonymous, build, copy, median_of, peak
 
-METHODS = {"sparse": 1, "btx": EXPERTS}
+METHODS = {"sparse": 1, "btx": EXPERTS, "bam": EXPERTS}
 """Methods and the number of their sources."""
 
 
 def upcycle(method: str, sources: Sequence[Path], output: Path) -> None:
-    options: dict[str, object] = {"top_k": 2}
+    options: dict[str, object] = {} if method == "bam" else {"top_k": 2}
     if method == "sparse":
         options["experts"] = EXPERTS
     run(Request("upcycle", method, tuple(map(str, sources)), output, options), Silent())

@@ -14,6 +14,8 @@ from . import _branches as branches
 from . import _common as common
 
 if TYPE_CHECKING:
+    import torch
+
     from ...architectures.base import Shape
     from ...architectures.model import Layer, Model
     from ...execute import Work
@@ -145,43 +147,53 @@ class Attentions:
     def _joined(self, target: Region, layer: int | None) -> list[Unit]:
         """Columns of every model, a few rows at a time."""
         whole = self.model.whole(target.tensor)
-        step = max(1, branches.BLOCK // target.shape[1])
         return [
-            self._unit(target.rows(start, stop), whole.rows(start, stop), layer, f".{start}")
-            for start in range(0, target.shape[0], step)
-            for stop in (min(target.shape[0], start + step),)
+            self._unit(block, whole.rows(start, start + block.shape[0]), layer, f".{start}")
+            for start, block in branches.runs(target, branches.BLOCK)
         ]
 
     def _unit(self, target: Region, source: Region, layer: int | None, part: str = "") -> Unit:
+        pieces = tuple(piece for _, piece in branches.runs(target, branches.PIECE))
+        largest = max(piece.count for piece in pieces)
         return Unit(
             f"join.{target.tensor}{part}",
             "transform",
             layer,
             reads=tuple(replace(source, source=number) for number in range(self.count)),
-            writes=(target,),
+            writes=pieces,
             params={
                 "part": "join",
                 "gates": None if self.gates is None else list(self.gates),
                 "blocks": self.blocks,
             },
-            memory=24 * target.count + 12 * self.count * source.count,
+            memory=40 * largest * (self.count if source.shape == target.shape else 1),
         )
 
 
 def join(work: Work) -> dict[str, object]:
     """Write rows of an output projection, or its bias, which constant gates weigh."""
+    gates = work.params["gates"] or [1.0] * len(work.unit.reads)
+    first = 0
+    for target in work.unit.writes:
+        last = first + target.shape[0]
+        parts = [
+            gate * work.read(region.rows(first, last))
+            for gate, region in zip(gates, work.unit.reads, strict=True)
+        ]
+        _join(work, target, parts)
+        first = last
+    return {}
+
+
+def _join(work: Work, target: Region, parts: Sequence[torch.Tensor]) -> None:
     import torch
 
-    (target,) = work.unit.writes
-    gates = work.params["gates"] or [1.0] * len(work.unit.reads)
-    parts = [gate * work.read(region) for gate, region in zip(gates, work.unit.reads, strict=True)]
     if len(target.shape) == 1:
-        work.write(target, torch.stack(parts).sum(dim=0))
-        return {}
+        work.write(target, torch.stack(list(parts)).sum(dim=0))
+        return
     blocks = work.params["blocks"]
     split = torch.stack([part.reshape(part.shape[0], blocks, -1) for part in parts], dim=2)
     work.write(target, split.reshape(target.shape))
-    return {}
 
 
 def router_spec(model: Model, layer: Layer, name: str, count: int) -> TensorSpec:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from ...execute import Work
 
 BLOCK = 4 << 20
-"""Elements averaged at a time."""
+"""Elements that a unit averages."""
+PIECE = 1 << 18
+"""Elements that it holds at a time: larger ones leave the processor's cache, and what is freed of them stays with the
+allocator, so that memory would grow from run to run."""
 
 
 def check(models: Sequence[Model]) -> list[str]:
@@ -62,39 +65,49 @@ def experts(models: Sequence[Model], layer: Layer, found: Experts) -> common.Mov
 
 
 def averages(whole: Region, sources: int, layer: int | None) -> list[Unit]:
-    """Units that write the mean of one tensor, a block of rows each."""
-    rows = whole.shape[0] if whole.shape else 1
-    step = max(1, BLOCK * rows // max(1, whole.count))
+    """Units that write the mean of one tensor, a block of rows each, in pieces."""
     units = []
-    for start in range(0, rows, step):
-        block = whole.rows(start, min(rows, start + step)) if whole.shape else whole
+    for start, block in runs(whole, BLOCK):
+        pieces = tuple(piece for _, piece in runs(block, PIECE))
         units.append(
             Unit(
                 f"mean.{whole.tensor}.{start}",
                 "transform",
                 layer,
                 reads=tuple(replace(block, source=source) for source in range(sources)),
-                writes=(block,),
+                writes=pieces,
                 params={"part": "mean"},
-                memory=48 * block.count,
+                memory=48 * max(piece.count for piece in pieces),
             )
         )
     return units
+
+
+def runs(whole: Region, elements: int) -> Iterator[tuple[int, Region]]:
+    """Runs of whole rows of at most so many elements, or of one row, each with the number of its first."""
+    rows = whole.shape[0] if whole.shape else 1
+    step = max(1, elements * rows // max(1, whole.count))
+    if step >= rows:
+        yield 0, whole
+        return
+    for start in range(0, rows, step):
+        yield start, whole.rows(start, min(rows, start + step))
 
 
 def mean(work: Work) -> dict[str, object]:
     """Write one block's mean, summed in float64."""
     import torch
 
-    (target,) = work.unit.writes
-    total = torch.zeros(target.shape, dtype=torch.float64)
-    squares = torch.zeros((), dtype=torch.float64)
-    for region in work.unit.reads:
-        values = work.read(region).double()
-        total += values
-        squares += values.square().sum()
-    average = total / len(work.unit.reads)
-    work.write(target, average)
+    count, squares, kept = len(work.unit.reads), 0.0, 0.0
+    for target in work.unit.writes:
+        total = torch.zeros(target.shape, dtype=torch.float64)
+        for source in range(count):
+            values = work.read(replace(target, source=source)).double()
+            total += values
+            squares += float(values.square_().sum())
+        total /= count
+        kept += float(total.square().sum())
+        work.write(target, total)
     # How far the sources lie from their mean, relative to their size: 0 for equal ones.
-    spread = 1 - len(work.unit.reads) * float(average.square().sum()) / max(float(squares), 1e-300)
-    return {"relative_variance": max(0.0, spread)} if float(squares) else {}
+    spread = 1 - count * kept / max(squares, 1e-300)
+    return {"relative_variance": max(0.0, spread)} if squares else {}

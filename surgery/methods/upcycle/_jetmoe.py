@@ -126,13 +126,15 @@ def fill(work: Work) -> dict[str, object]:
     """Write one layer's keys or values: the mean of the models', each head as often as query heads read it."""
     import torch
 
-    (target,) = work.unit.writes
-    total = torch.zeros(work.unit.reads[0].shape, dtype=torch.float64)
-    for region in work.unit.reads:
-        total += work.read(region).double()
-    heads = (total / len(work.unit.reads)).reshape(work.params["heads"], -1, target.shape[1])
-    repeated = heads.repeat_interleave(work.params["repeat"], dim=0)
-    work.write(target, repeated.reshape(target.shape))
+    repeat, first = work.params["repeat"], 0
+    for target in work.unit.writes:
+        last = first + target.shape[0] // repeat
+        total = torch.zeros(last - first, target.shape[1], dtype=torch.float64)
+        for region in work.unit.reads:
+            total += work.read(region.rows(first, last)).double()
+        total /= len(work.unit.reads)
+        work.write(target, total.repeat(repeat, 1))
+        first = last
     return {}
 
 
@@ -171,6 +173,8 @@ def _layer(
             moves.append((replace(whole, source=number), [part]))
     units = [copy_unit(f"layer.{index}.copies", moves, layer=index)]
     both = Region(prefix + KEY_VALUE, (2 * rows, hidden))
+    repeat = config.heads // config.kv_heads
+    size = repeat * config.head_dim
     for half, name in enumerate(("k", "v")):
         whole = model.whole(f"{prefix}self_attn.{name}_proj.weight")
         units.append(
@@ -179,13 +183,12 @@ def _layer(
                 "transform",
                 index,
                 reads=tuple(replace(whole, source=number) for number in range(count)),
-                writes=(both.rows(half * rows, (half + 1) * rows),),
-                params={
-                    "part": "repeat",
-                    "heads": config.kv_heads,
-                    "repeat": config.heads // config.kv_heads,
-                },
-                memory=24 * whole.count + 24 * rows * hidden,
+                writes=tuple(
+                    both.rows(half * rows + start, half * rows + start + size)
+                    for start in range(0, rows, size)
+                ),
+                params={"part": "repeat", "repeat": repeat},
+                memory=32 * size * hidden,
             )
         )
     zeros = tuple(Region(prefix + name, (hidden,)) for name in BIASES)
