@@ -28,6 +28,7 @@ and window. It mixes all feed-forwards softly too, and weights always sum to one
 
 Deviations: the paper gives neither the routers' distribution nor the shared keys' and values' origin; they are
 N(0, std^2) and the mean, its rule for all that is not an expert. The seed is an expert where it is given as a source.
+``--router-init`` starts the feed-forwards' router otherwise, for instance from a text for each model.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ a target that requires one gets a neutral one otherwise.
 With r = 0 and full width every expert is the dense function with its neurons reordered, and the output is exact where
 the selected weights sum to one. Otherwise nothing is promised: the method is a start for training.
 
-Deviation: the router is drawn from N(0, std^2) as in all methods here; the script's U[0, 1) has a mean that adds the
-same number to all logits.
+Deviation: the router is drawn from N(0, std^2) as in all methods here (or made as ``--router-init`` says); the script's
+U[0, 1) has a mean that adds the same number to all logits.
 """
 
 from __future__ import annotations

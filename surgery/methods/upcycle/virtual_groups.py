@@ -19,6 +19,8 @@ What breaks the identity is refused: k, E or I that G does not divide, and rows 
 logits would let top-k mix shards of two groups. Run in bfloat16, the logits of two groups can still round to one value
 for a single token, which then may get a mixture of shards.
 
+``--router-init`` makes a row for each group otherwise: from texts, one for each of the M groups.
+
 Deviation: rows are drawn for M groups, where the authors draw E rows and keep the first M; the distribution is the
 same.
 """
