@@ -6,7 +6,7 @@ A worker opens its own inputs and the staged shards, so that nothing but small r
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -61,6 +61,8 @@ class Runner:
         self._folder = folder
         self._buffer = bytearray(COPY_BUFFER)
         self._units = {unit.id: unit for unit in plan.units}
+        self.stepped: Callable[[], None] = lambda: None
+        """Told of every step inside a unit; may raise to stop the run."""
 
     @classmethod
     def open(cls, folder: Path) -> Runner:
@@ -150,6 +152,10 @@ class Work:
     @property
     def params(self) -> Any:
         return self.unit.params
+
+    def step(self) -> None:
+        """Tell that one of the unit's planned steps is done."""
+        self._runner.stepped()
 
     @property
     def sources(self) -> Sequence[Source]:

@@ -375,8 +375,12 @@ class _Job:
                 if unit.id in metrics:
                     written.add(unit, hasher)
             todo = self._in_file_order([u for u in self.plan.units if u.id not in metrics])
-            self.progress.stage(self.request.method, len(self.plan.units))
-            self.progress.advance(len(metrics))
+            self.progress.stage(
+                self.request.method, sum(1 + unit.steps for unit in self.plan.units)
+            )
+            self.progress.advance(
+                sum(1 + unit.steps for unit in self.plan.units if unit.id in metrics)
+            )
 
             def done(unit: Unit, result: dict[str, object]) -> None:
                 metrics[unit.id] = result
@@ -405,11 +409,22 @@ class _Job:
         }
         return sorted(units, key=lambda unit: min(place[r.tensor] for r in unit.written()))
 
+    def _stepped(self) -> None:
+        """A step inside a unit; between two of them a long unit can be stopped, and begins again on resume."""
+        self.progress.advance()
+        self.stop.check()
+
     def _executor(self, folder: Path) -> tuple[Executor, Any]:
         if self.workers > 1:
-            pool = PoolExecutor(folder, self.workers, memory_budget(self.request.max_memory))
+            pool = PoolExecutor(
+                folder,
+                self.workers,
+                memory_budget(self.request.max_memory),
+                self.progress.advance,
+            )
             return pool, lambda: None
         runner = Runner(self.plan, folder, self.sources)
+        runner.stepped = self._stepped
         return SerialExecutor(runner), runner.close
 
     def _finish(

@@ -45,6 +45,7 @@ class Unit:
         writes: regions a transform writes, all of them.
         params: the method's own parameters, JSON values only.
         memory: bytes it holds at its peak.
+        steps: of a long transform: how often it calls ``work.step()``, so that a person sees it go on.
     """
 
     id: str
@@ -55,6 +56,7 @@ class Unit:
     writes: tuple[Region, ...] = ()
     params: Mapping[str, Any] = field(default_factory=dict)
     memory: int = COPY_BUFFER
+    steps: int = 0
 
     def written(self) -> list[Region]:
         return [region for move in self.moves for region in move.writes] + list(self.writes)
@@ -75,6 +77,7 @@ class Unit:
             "writes": [region.to_json() for region in self.writes],
             "params": dict(self.params),
             "memory": self.memory,
+            "steps": self.steps,
         }
 
     @staticmethod
@@ -91,6 +94,7 @@ class Unit:
             writes=tuple(Region.from_json(item) for item in data["writes"]),
             params=data["params"],
             memory=data["memory"],
+            steps=data["steps"],
         )
 
 

@@ -7,7 +7,7 @@ of [R, K] and [K, D].
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,6 +73,7 @@ def fit_bases(
     rank: int = 0,
     activation: str = "silu",
     transposed: bool = False,
+    stepped: Callable[[], None] = lambda: None,
 ) -> Mixed:
     """Fit bases and mixing weights by Adam; the private factors are solved for in every step.
 
@@ -84,6 +85,7 @@ def fit_bases(
         inner: R.
         count: M.
         rank: K, or 0 for bases of full rank, whose mixing weights are a softmax.
+        stepped: called after every step.
     """
     with torch.inference_mode(False), torch.enable_grad():
         stacked = [matrix.T if transposed else matrix for matrix in matrices]
@@ -92,7 +94,7 @@ def fit_bases(
         weights_EPD /= scale
         start = _low_start if rank else _full_start
         parameters = start(weights_EPD, inner, count, rank, rng)
-        best, errors = _descend(weights_EPD, parameters, steps, activation, bool(rank))
+        best, errors = _descend(weights_EPD, parameters, steps, activation, bool(rank), stepped)
         mix_EM, bases_MRD, factors = _assemble([p.double() for p in best], bool(rank))
         cores_ERD = _function(activation, torch.einsum("em,mrd->erd", mix_EM, bases_MRD))
         private_EPR = _solve(weights_EPD.double(), cores_ERD) * scale
@@ -108,6 +110,7 @@ def _descend(
     steps: int,
     activation: str,
     low: bool,
+    stepped: Callable[[], None],
 ) -> tuple[list[torch.Tensor], tuple[float, float]]:
     """The best parameters met, and the relative errors of the first and the best."""
     for parameter in parameters:
@@ -133,6 +136,7 @@ def _descend(
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
+        stepped()
     return best, (first**0.5, least**0.5)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,9 @@ import torch
 
 from moesurg.surgery.architectures.model import Model
 from moesurg.surgery.checkpoint.reader import TensorReader, open_checkpoint
-from moesurg.surgery.errors import InputError, UsageError
+from moesurg.surgery.errors import InputError, Interrupted, UsageError
+from moesurg.surgery.operation import Request, run
+from moesurg.surgery.progress import Silent
 from tests.oracle.helpers import custom, operate, rewrite, stock, tensors, token_ids
 
 Checkpoint = Callable[..., Path]
@@ -181,3 +185,48 @@ def test_families_with_other_blocks_take_the_dense_form_only(
         operate("compress", "d2-moe", source, tmp_path / "out", ratio=0.2)
     operate("compress", "d2-moe", source, tmp_path / "out", ratio=0.2, form="dense")
     stock(tmp_path / "out")
+
+
+class Counting(Silent):
+    """Counts the steps of the last stage; can be told to interrupt the run at one of them."""
+
+    def __init__(self, stop_at: int = 0) -> None:
+        self.stop_at, self.total, self.done = stop_at, 0, 0
+
+    def stage(self, name: str, total: int) -> None:
+        self.total, self.done = total, 0
+
+    def advance(self, count: int = 1) -> None:
+        self.done += count
+        if 0 < self.stop_at <= self.done:
+            self.stop_at = 0
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def fit(source: Path, output: Path, progress: Counting, **fields: Any) -> None:
+    options = {"ratio": RATIO, "steps": 6, "inner": 8}
+    run(Request("compress", "mobe", (str(source),), output, options, **fields), progress)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_fit_shows_its_steps(workers: int, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    progress = Counting()
+    fit(checkpoint("qwen3_moe"), tmp_path / "out", progress, workers=workers)
+    steps = 6 * 2 * 2  # of gate and up, in two layers
+    assert progress.done == progress.total
+    assert progress.total > steps
+
+
+def test_a_fit_stops_between_its_steps_and_begins_again(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    source = checkpoint("qwen3_moe")
+    fit(source, tmp_path / "whole", Counting(), workers=1)
+    with pytest.raises(Interrupted):
+        fit(source, tmp_path / "out", Counting(stop_at=9), workers=1)
+    assert not (tmp_path / "out").exists()
+    progress = Counting()
+    fit(source, tmp_path / "out", progress, workers=1, resume=True)
+    assert progress.done == progress.total
+    one, other = tensors(tmp_path / "whole"), tensors(tmp_path / "out")
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())

@@ -1,12 +1,27 @@
-"""What ``mobe`` and ``slbf`` share: sizes, and the fit of one layer."""
+"""What ``mobe`` and ``slbf`` share: options, sizes, and the fit of one layer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from ...architectures.base import PROJECTIONS
 from ...errors import InputError, UsageError
-from ._experts import Entries, Sizes, largest, matrices, numbers, write_experts
+from ..base import Draft, option, required
+from ._experts import (
+    FORM_HELP,
+    FORMS,
+    RATIO_HELP,
+    WHOLE,
+    Entries,
+    Sizes,
+    largest,
+    matrices,
+    numbers,
+    plan_experts,
+    write_experts,
+)
 
 if TYPE_CHECKING:
     from ...architectures.model import Model
@@ -21,19 +36,77 @@ STEPS_HELP = "steps of the fit; the published ones take 10,000 to 30,000, on a G
 PRIVATE_SHARE = 0.6
 
 
-def check(options: Any) -> None:
-    """Refuse what no fit can use.
+@dataclass(frozen=True)
+class BasesOptions:
+    """What the user chooses of either method."""
+
+    ratio: float = required(RATIO_HELP)
+    form: str = option("shared", FORM_HELP, choices=FORMS)
+    inner: int = option(0, INNER_HELP)
+    activation: str = option("silu", ACTIVATION_HELP, choices=ACTIVATIONS)
+    steps: int = option(100, STEPS_HELP)
+
+
+def plan_bases(
+    models: Sequence[Model],
+    options: BasesOptions,
+    parts: Sequence[str],
+    bases: Callable[[Sizes, int], Mapping[str, int]],
+    top: Callable[[Sizes, int], int],
+) -> Draft:
+    """The largest bases that the ratio allows in every layer, for some of the projections.
+
+    Args:
+        parts: the projections; down by its transpose.
+        bases: from the mixture's sizes and the size that is looked for to ``bases`` and ``rank`` of an entry.
+        top: the largest size, from the mixture's and R.
 
     Raises:
         UsageError: an option out of range.
+        InputError: no size removes the asked fraction.
     """
     if options.steps < 0 or options.inner < 0:
         raise UsageError(
             f"--steps {options.steps} and --inner {options.inner} should be at least 0"
         )
 
+    def entries_of(model: Model, sizes: Sizes) -> Entries:
+        inner = _inner_width(options, sizes, len(parts))
 
-def inner_width(options: Any, sizes: Sizes, parts: int) -> int:
+        def make(size: int) -> Entries:
+            made = {
+                part: {
+                    "form": "bases",
+                    "inner": inner,
+                    **bases(sizes, size),
+                    "activation": options.activation,
+                    "transposed": part == "down",
+                }
+                for part in parts
+            }
+            return {part: made.get(part, WHOLE) for part in PROJECTIONS}
+
+        size = largest(make, top(sizes, inner), sizes, options.ratio)
+        if not size:
+            raise InputError(
+                f"{model.folder}: no basis leaves {1 - options.ratio:.0%} of the experts' numbers, at least "
+                f"{numbers(make(1), sizes) / sizes.numbers:.0%} are needed",
+                hint="use a smaller --ratio or --inner",
+            )
+        return make(size)
+
+    return plan_experts(
+        models,
+        form=options.form,
+        ratio=options.ratio,
+        entries_of=entries_of,
+        params={"steps": options.steps},
+        memory=lambda sizes: 8 * sizes.numbers,
+        steps=options.steps,
+    )
+
+
+def _inner_width(options: BasesOptions, sizes: Sizes, parts: int) -> int:
     """R, for experts of which ``parts`` projections share what the ratio leaves.
 
     Raises:
@@ -43,31 +116,9 @@ def inner_width(options: Any, sizes: Sizes, parts: int) -> int:
     if options.inner > top:
         raise UsageError(f"--inner {options.inner} should be at most {top}")
     if options.inner:
-        return int(options.inner)
+        return options.inner
     room = (1 - options.ratio * 3 / parts) * sizes.hidden
     return max(1, min(top, int(PRIVATE_SHARE * room)))
-
-
-def choose_entries(
-    model: Model,
-    sizes: Sizes,
-    ratio: float,
-    make: Callable[[int], Entries],
-    top: int,
-) -> Entries:
-    """The entries of the largest size that fits.
-
-    Raises:
-        InputError: none fits.
-    """
-    size = largest(make, top, sizes, ratio)
-    if not size:
-        raise InputError(
-            f"{model.folder}: no basis leaves {1 - ratio:.0%} of the experts' numbers, at least "
-            f"{numbers(make(1), sizes) / sizes.numbers:.0%} are needed",
-            hint="use a smaller --ratio or --inner",
-        )
-    return make(size)
 
 
 def fit(work: Work) -> dict[str, object]:
@@ -87,6 +138,7 @@ def fit(work: Work) -> dict[str, object]:
             rank=entry.get("rank", 0),
             activation=entry["activation"],
             transposed=entry["transposed"],
+            stepped=work.step,
         )
     start = {part: made.errors[0] for part, made in found.items()}
     return {**write_experts(work, found), "start": start}

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ...errors import UsageError
-from ..base import Draft
-from ._parts import Entry, Shape, largest_rank, plan_parts
+from ..base import Draft, option, required
+from ._lowrank import TARGETS_HELP
+from ._parts import (
+    FORM_HELP,
+    FORMS,
+    RATIO_HELP,
+    Entry,
+    Shape,
+    largest_rank,
+    plan_parts,
+    write_parts,
+)
 
 if TYPE_CHECKING:
     import torch
 
     from ...architectures.model import Model
+    from ...execute import Work
     from ...linalg.lowrank import LowRank
 
 LOWRANK = ("pivot", "factors")
@@ -21,11 +33,22 @@ EXACT_HELP = "fraction of a matrix's {} to keep as they are, at least one"
 ROUNDS_HELP = "alternations between what is kept and the subspace of the rest at most"
 
 
-def plan_exact(models: Sequence[Model], options: Any, kept: str) -> Draft:
+@dataclass(frozen=True)
+class ExactOptions:
+    """What the user chooses of either method, whose ``exact`` have help texts and defaults of their own."""
+
+    ratio: float = required(RATIO_HELP)
+    form: str = option("parts", FORM_HELP, choices=FORMS)
+    targets: str = option("all", TARGETS_HELP)
+    exact: float = option(0.02, EXACT_HELP.format("columns"))
+    lowrank: str = option("pivot", LOWRANK_HELP, choices=LOWRANK)
+    rounds: int = option(2, ROUNDS_HELP)
+
+
+def plan_exact(models: Sequence[Model], options: ExactOptions, kept: str) -> Draft:
     """Plan with a fixed share of rows or columns kept and the largest rank that the ratio then allows.
 
     Args:
-        options: with ``ratio``, ``form``, ``targets``, ``exact``, ``lowrank`` and ``rounds``.
         kept: ``rows`` or ``columns``.
 
     Raises:
@@ -61,7 +84,29 @@ def plan_exact(models: Sequence[Model], options: Any, kept: str) -> Draft:
     )
 
 
-def inner_tensors(found: LowRank, lowrank: str) -> dict[str, torch.Tensor]:
+def split(work: Work) -> dict[str, object]:
+    """Split one matrix by columns, or by rows, which are the columns of its transpose."""
+    from ...linalg.exact_parts import split_columns
+    from ...linalg.lowrank import LowRank
+
+    (region,) = work.unit.reads
+    entry = work.params["entry"]
+    rows = entry["form"] == "rows"
+    matrix = work.read(region).T if rows else work.read(region)
+    found = split_columns(matrix, entry["rank"], entry["exact"], work.params["rounds"])
+    rest, exact, dense = found.rest, found.exact_MS, found.dense()
+    if rows:
+        left, right = rest.right_RN.T.contiguous(), rest.left_MR.T.contiguous()
+        rest, exact, dense = LowRank(left, right, rest.error, rest.norm), exact.T, dense.T
+    tensors = {
+        **_inner_tensors(rest, entry["lowrank"]),
+        f"{entry['form']}.weight": exact,
+        f"{entry['form'].removesuffix('s')}_index": found.index_S,
+    }
+    return write_parts(work, dense, tensors)
+
+
+def _inner_tensors(found: LowRank, lowrank: str) -> dict[str, torch.Tensor]:
     """The tensors of the low-rank part."""
     from ...linalg.pivot import pack
 

@@ -117,12 +117,14 @@ def plan_experts(
     entries_of: Callable[[Model, Sizes], Entries],
     params: Mapping[str, Any],
     memory: Callable[[Sizes], int] = lambda sizes: 0,
+    steps: int = 0,
 ) -> Draft:
     """The mixture with every layer's experts factorised, one unit a layer.
 
     Args:
         entries_of: what replaces the matrices; raises where the ratio cannot be met.
         params: what the transform needs besides ``entries``.
+        steps: that a unit takes for each projection that is replaced.
         memory: bytes a unit needs beyond a float64 and a float32 copy of its experts.
 
     Raises:
@@ -146,8 +148,8 @@ def plan_experts(
     need = 40 * max(1, sizes.numbers // 3) + memory(sizes)
     tensors, units = replaced(
         model,
-        lambda layer: _specs(model, layer, entries, sizes, shared),
-        lambda layer: _units(layer, entries, sizes, shared, params, need),
+        lambda layer: _specs(model, layer, entries, shared),
+        lambda layer: _units(layer, entries, shared, params, need, steps),
     )
     config = dict(model.config.raw)
     code: dict[str, bytes] = {}
@@ -250,9 +252,7 @@ def write_experts(
     return {"error": errors}
 
 
-def _specs(
-    model: Model, layer: Layer, entries: Entries, sizes: Sizes, shared: bool
-) -> Iterator[TensorSpec]:
+def _specs(model: Model, layer: Layer, entries: Entries, shared: bool) -> Iterator[TensorSpec]:
     if shared:
         yield from form_of_experts.specs(model, layer, entries)
         return
@@ -263,10 +263,10 @@ def _specs(
 def _units(
     layer: Layer,
     entries: Entries,
-    sizes: Sizes,
     shared: bool,
     params: Mapping[str, Any],
     memory: int,
+    steps: int,
 ) -> Iterator[Unit]:
     experts = mixture(layer)
     reads = tuple(
@@ -295,6 +295,7 @@ def _units(
         writes=writes,
         params={**params, "shared": shared, "entries": {p: dict(entries[p]) for p in PROJECTIONS}},
         memory=memory,
+        steps=steps * sum(entries[part]["form"] != "whole" for part in PROJECTIONS),
     )
 
 

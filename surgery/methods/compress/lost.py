@@ -19,10 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..base import Draft, MethodInfo, option, required
-from ._exact import EXACT_HELP, LOWRANK, LOWRANK_HELP, ROUNDS_HELP, plan_exact
-from ._lowrank import TARGETS_HELP
-from ._parts import FORM_HELP, FORMS, RATIO_HELP, write_parts
+from ..base import Draft, MethodInfo
+from ._exact import ExactOptions, plan_exact, split
 
 if TYPE_CHECKING:
     from ...architectures.model import Model
@@ -38,15 +36,8 @@ INFO = MethodInfo(
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(ExactOptions):
     """What the user chooses."""
-
-    ratio: float = required(RATIO_HELP)
-    form: str = option("parts", FORM_HELP, choices=FORMS)
-    targets: str = option("all", TARGETS_HELP)
-    exact: float = option(0.02, EXACT_HELP.format("columns"))
-    lowrank: str = option("pivot", LOWRANK_HELP, choices=LOWRANK)
-    rounds: int = option(2, ROUNDS_HELP)
 
 
 def plan(models: Sequence[Model], options: Options) -> Draft:
@@ -60,15 +51,4 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
 
 def transform(work: Work) -> dict[str, object]:
     """Split one matrix."""
-    from ...linalg.exact_parts import split_columns
-    from ._exact import inner_tensors
-
-    (region,) = work.unit.reads
-    entry = work.params["entry"]
-    found = split_columns(work.read(region), entry["rank"], entry["exact"], work.params["rounds"])
-    tensors = {
-        **inner_tensors(found.rest, entry["lowrank"]),
-        "columns.weight": found.exact_MS,
-        "column_index": found.index_S,
-    }
-    return write_parts(work, found.dense(), tensors)
+    return split(work)

@@ -18,18 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..base import Draft, MethodInfo, option, required
-from ._bases import (
-    ACTIVATION_HELP,
-    ACTIVATIONS,
-    INNER_HELP,
-    STEPS_HELP,
-    check,
-    choose_entries,
-    fit,
-    inner_width,
-)
-from ._experts import FORM_HELP, FORMS, RATIO_HELP, WHOLE, Entries, Sizes, plan_experts
+from ..base import Draft, MethodInfo
+from ._bases import BasesOptions, fit, plan_bases
 
 if TYPE_CHECKING:
     from ...architectures.model import Model
@@ -45,14 +35,8 @@ INFO = MethodInfo(
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(BasesOptions):
     """What the user chooses."""
-
-    ratio: float = required(RATIO_HELP)
-    form: str = option("shared", FORM_HELP, choices=FORMS)
-    inner: int = option(0, INNER_HELP)
-    activation: str = option("silu", ACTIVATION_HELP, choices=ACTIVATIONS)
-    steps: int = option(100, STEPS_HELP)
 
 
 def plan(models: Sequence[Model], options: Options) -> Draft:
@@ -62,30 +46,12 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
         UsageError: an option out of range.
         InputError: no number of bases removes the asked fraction.
     """
-    check(options)
-
-    def entries_of(model: Model, sizes: Sizes) -> Entries:
-        inner = inner_width(options, sizes, 2)
-
-        def make(count: int) -> Entries:
-            entry = {
-                "form": "bases",
-                "inner": inner,
-                "bases": count,
-                "activation": options.activation,
-                "transposed": False,
-            }
-            return {"gate": entry, "up": entry, "down": WHOLE}
-
-        return choose_entries(model, sizes, options.ratio, make, sizes.experts)
-
-    return plan_experts(
+    return plan_bases(
         models,
-        form=options.form,
-        ratio=options.ratio,
-        entries_of=entries_of,
-        params={"steps": options.steps},
-        memory=lambda sizes: 8 * sizes.numbers,
+        options,
+        ("gate", "up"),
+        lambda sizes, count: {"bases": count},
+        lambda sizes, inner: sizes.experts,
     )
 
 
