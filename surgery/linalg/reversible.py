@@ -95,15 +95,20 @@ def to_factors(positions_PR: torch.Tensor, experts: int, inputs: int, outputs: i
     return down.reshape(experts, inputs, rank).mT, up.reshape(experts, outputs, rank)
 
 
-def aligned(factors: Factors, reference: Factors) -> Factors:
-    """Turn an adapter's ranks to those of another: (Q A, B Q^T), the same product.
+def turn(factors: Factors, reference: Factors) -> torch.Tensor:
+    """The rotation Q [E, r, r] that brings an adapter's ranks to those of another (Procrustes).
 
     Q = argmin over orthogonal Q of |Q A - A_ref|^2 + |B Q^T - B_ref|^2 = U V^T,   A_ref A^T + B_ref^T B = U S V^T
     """
     down, up = factors
     left, _, right = torch.linalg.svd(reference[0] @ down.mT + reference[1].mT @ up)
-    turn = left @ right
-    return turn @ down, up @ turn.mT
+    found: torch.Tensor = left @ right
+    return found
+
+
+def turned(factors: Factors, rotation: torch.Tensor) -> Factors:
+    """(Q A, B Q^T), the same product."""
+    return rotation @ factors[0], factors[1] @ rotation.mT
 
 
 def padded(factors: Factors, rank: int) -> Factors:

@@ -18,6 +18,7 @@ from tests.conftest import Result
 from tests.oracle.helpers import drift, operate, peft, tensors, token_ids
 
 Checkpoint = Callable[..., Path]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def changes(folder: Path) -> dict[str, torch.Tensor]:
@@ -86,7 +87,9 @@ def test_procrustes_undoes_a_rotation() -> None:
         torch.randn(2, *s, dtype=torch.float64, generator=generator) for s in ((3, 8), (6, 3))
     )
     turn = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64, generator=generator)).Q
-    found = reversible.aligned((turn @ down, up @ turn.T), (down, up))
+    mixed = reversible.turned((down, up), turn)
+    assert torch.allclose(mixed[1] @ mixed[0], up @ down)
+    found = reversible.turned(mixed, reversible.turn(mixed, (down, up)))
     assert torch.allclose(found[0], down)
     assert torch.allclose(found[1], up)
 
@@ -126,6 +129,51 @@ def test_peft_runs_what_is_taken_out_like_what_went_in(
     with torch.no_grad():
         before, after = (peft(base, f)(input_ids=ids).logits for f in (adapters[1], found))
     assert float((before - after).abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("form", ["position", "global"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_exact_factors_come_back_as_they_were(
+    form: str, dtype: str, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """Also of different ranks and scales: same config, same type, and in half precision the same values."""
+    folders = [
+        checkpoint("adapter", seed=0, rank=2, dtype=dtype),
+        checkpoint("adapter", seed=1, rank=4, alpha=5, use_rslora=True, dtype=dtype),
+        checkpoint("adapter", seed=2, rank=3, alpha=-9, dtype=dtype),
+    ]
+    made = tmp_path / "pack"
+    pack(folders, made, basis=2, form=form, pad=True, exact_factors=True)
+    for name, folder in zip(Pack.open(made).names, folders, strict=True):
+        out = taken(made, name, tmp_path / name)
+        mine, own = tensors(out), tensors(folder)
+        assert mine.keys() == own.keys()
+        for key, value in own.items():
+            assert mine[key].dtype == value.dtype
+            torch.testing.assert_close(mine[key], value, atol=1e-6, rtol=0)
+            if dtype == "bfloat16":
+                assert float((mine[key] == value).float().mean()) > 0.99
+        assert Adapter.open(out).config.raw == Adapter.open(folder).config.raw
+
+
+@pytest.mark.slow
+def test_trained_adapters_compute_what_they_did(smollm2: Path, tmp_path: Path) -> None:
+    """Three adapters of a real model, of ranks 8 and 16, stored in bfloat16."""
+    folders = [ROOT / "fixtures" / "adapters" / name for name in ("bible", "german", "python")]
+    made = tmp_path / "pack"
+    pack(folders, made, basis=2, form="global", pad=True, exact_factors=True)
+    ids = token_ids(smollm2, length=32, rows=1)
+    for name, folder in zip(Pack.open(made).names, folders, strict=True):
+        out = taken(made, name, tmp_path / name)
+        with torch.no_grad():
+            before, after = (peft(smollm2, f)(input_ids=ids).logits for f in (folder, out))
+        assert float((before - after).abs().max()) < 1e-4
+
+
+def test_a_scale_of_zero_cannot_be_taken_out(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    folders = [checkpoint("adapter", seed=seed, alpha=alpha) for seed, alpha in ((0, 0), (1, 4))]
+    with pytest.raises(InputError, match="has the scale 0"):
+        pack(folders, tmp_path / "pack", basis=1, exact_factors=True)
 
 
 def test_fewer_directions_lose_what_the_report_says(adapters: list[Path], tmp_path: Path) -> None:

@@ -19,8 +19,11 @@ Deviations. Factors are read with their scales folded in, so that adapters of di
 of one adapter need not mean what rank j of another does: each is first turned to the first adapter that has the
 module by the orthogonal Procrustes rotation, which leaves its product as it is (``--align none``: the paper). So
 factors come back rotated, products do not. Ranks that differ are refused, or with ``--pad`` sorted by singular
-values and filled up with zeros, and cut again when taken out. Biases and modules saved in full are refused. The
-published text was not available in full; the equations above are what its storage formula implies.
+values and filled up with zeros, and cut again when taken out. ``--exact-factors`` stores the pack in float32 and with
+it each adapter's rotation: from a full basis adapters come back as they were, under their own config and in their own
+type, with what differs far below the rounding of half precision; ranks are then filled up without being sorted.
+Biases and modules saved in full are refused. The published text was not available in full; the equations above are
+what its storage formula implies.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ...adapters.output import Written, aligned, check_agreement, config, layout_of, widest
+from ...adapters.output import aligned, check_agreement, layout_of
 from ...adapters.packing import LAYOUTS
 from ...checkpoint.dtypes import nbytes
 from ...checkpoint.layout import TensorSpec
@@ -39,12 +42,13 @@ from ...errors import InputError, RefusedError, UsageError
 from ...packs import SCHEMA_VERSION, task_names
 from ...plan import Unit
 from ..base import Draft, Exactness, MethodInfo, option, required
+from . import _rmm as parts
 from . import _unit as unit
 
 if TYPE_CHECKING:
     import torch
 
-    from ...adapters.adapter import Adapter, Module
+    from ...adapters.adapter import Adapter
     from ...execute import Work
     from ...linalg.factors import Factors
 
@@ -72,6 +76,9 @@ class Options:
         "procrustes", "how ranks of different adapters are matched", choices=("procrustes", "none")
     )
     pad: bool = option(False, "whether adapters of different ranks are filled up with zeros")
+    exact_factors: bool = option(
+        False, "whether float32 and rotations are stored, so that factors come back as they were"
+    )
     allow_larger: bool = option(False, "whether a pack may be larger than its inputs")
     expert_layout: str | None = option(
         None,
@@ -98,18 +105,25 @@ def plan(adapters: Sequence[Adapter], options: Options) -> Draft:
             f"{most} directions at most"
         )
     for adapter in adapters:
-        _plain(adapter)
+        parts.check_plain(adapter)
+    for adapter in adapters if options.exact_factors else ():
+        silent = next((m.name for m in adapter.modules.values() if not m.scale), None)
+        if silent is not None:
+            raise InputError(
+                f"{adapter.folder}: module {silent} has the scale 0, from which no factor can come back",
+                hint="leave out --exact-factors",
+            )
     names = task_names([adapter.folder for adapter in adapters])
     layouts = [layout_of(adapter, options.expert_layout) for adapter in adapters]
     specs: list[TensorSpec] = []
     units: list[Unit] = []
-    parts: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     given = 0
     for name, row in aligned(adapters).items():
         held = [(index, module) for index, module in enumerate(row) if module is not None]
-        part = _part(adapters, name, held, options)
-        parts[name] = part
-        made = _tensors(name, part)
+        part = parts.part(adapters, name, held, options)
+        found[name] = part
+        made = parts.tensors(name, part)
         specs.extend(made)
         reads = tuple(
             dataclasses.replace(region, source=index)
@@ -145,7 +159,9 @@ def plan(adapters: Sequence[Adapter], options: Options) -> Draft:
     tasks = [
         {
             "name": name,
-            "config": _config(adapter),
+            "config": dict(adapter.config.raw)
+            if options.exact_factors
+            else parts.folded_config(adapter),
             "original": dict(adapter.config.raw),
             "ranks": {module.name: module.rank for module in adapter.modules.values()},
         }
@@ -153,7 +169,7 @@ def plan(adapters: Sequence[Adapter], options: Options) -> Draft:
     ]
     lossless = options.basis == most
     return Draft(
-        {"schema_version": SCHEMA_VERSION, "kind": "rmm", "tasks": tasks, "parts": parts},
+        {"schema_version": SCHEMA_VERSION, "kind": "rmm", "tasks": tasks, "parts": found},
         specs,
         units,
         Exactness(
@@ -181,9 +197,12 @@ def transform(work: Work) -> dict[str, object]:
     part, name = work.params["part"], work.params["module"]
     loaded = unit.load(work)
     before = loaded.factors
-    after = [_prepared(found, part["rank"]) for found in before]
+    after = [_prepared(found, part["rank"], exact="types" in part) for found in before]
+    turns = [torch.eye(part["rank"], dtype=torch.float64).expand(part["experts"], -1, -1)]
+    turns *= len(after)
     if work.params["align"] == "procrustes":
-        after = [after[0], *(reversible.aligned(found, after[0]) for found in after[1:])]
+        turns[1:] = [reversible.turn(found, after[0]) for found in after[1:]]
+        after = [reversible.turned(*pair) for pair in zip(after, turns, strict=True)]
     positions = torch.stack([reversible.to_positions(found) for found in after], dim=-1)
     shared = part["form"] == "global"
     # All directions, for the curve; what is stored is the leading part of them.
@@ -203,12 +222,14 @@ def transform(work: Work) -> dict[str, object]:
     if kept:
         stored["basis"] = full.basis_PRK[..., :kept]
         stored["coefficients"] = full.coefficients[..., :kept, :]
+    if "types" in part:
+        stored["turns"] = torch.stack(turns)
     for region in work.unit.writes:
         work.write(region, stored[region.tensor.removeprefix(f"{name}.")].contiguous())
     found = errors(kept)
     inputs = sum(down.numel() + up.numel() for down, up in before)
     curve = [
-        [p, _size(part, p) / inputs, reversible.root_mean_square(errors(p))]
+        [p, parts.size(part, p) / inputs, reversible.root_mean_square(errors(p))]
         for p in range(full.basis_PRK.shape[-1] + 1)
     ]
     return {
@@ -218,14 +239,15 @@ def transform(work: Work) -> dict[str, object]:
     }
 
 
-def _prepared(found: Factors, rank: int) -> Factors:
-    """Factors of the pack's rank; sorted by singular values where they have to be filled up."""
+def _prepared(found: Factors, rank: int, *, exact: bool) -> Factors:
+    """Factors of the pack's rank; where they have to be filled up, sorted by singular values unless they must stay."""
     from ...linalg import factors as products
     from ...linalg import reversible
 
     if found[0].shape[1] == rank:
         return found
-    return reversible.padded(products.truncated(found, found[0].shape[1]), rank)
+    found = found if exact else products.truncated(found, found[0].shape[1])
+    return reversible.padded(found, rank)
 
 
 def _truncation(all_of_them: Sequence[Factors]) -> list[list[float]]:
@@ -253,79 +275,3 @@ def _truncation(all_of_them: Sequence[Factors]) -> list[list[float]]:
         ]
         for rank in marks
     ]
-
-
-def _part(
-    adapters: Sequence[Adapter], name: str, held: Sequence[tuple[int, Module]], options: Options
-) -> dict[str, Any]:
-    """What the pack has to know of a module."""
-    ranks = {module.rank for _, module in held}
-    if len(ranks) > 1 and not options.pad:
-        raise InputError(
-            f"module {name} has the ranks {', '.join(map(str, sorted(ranks)))} in different adapters",
-            hint="--pad fills the smaller ones up",
-        )
-    first = held[0][1]
-    types = [
-        adapters[index].checkpoint.tensors[region.tensor].dtype
-        for index, module in held
-        for region in (module.down, module.up)
-    ]
-    rank, tasks = max(ranks), len(held)
-    limit = tasks - 1 if options.form == "global" else min(tasks - 1, rank)
-    return {
-        "kind": first.kind,
-        "experts": first.experts,
-        "inputs": first.inputs,
-        "outputs": first.outputs,
-        "down": [first.down.tensor, list(first.down.shape[1:])],
-        "up": [first.up.tensor, list(first.up.shape[2:])],
-        "rank": rank,
-        "basis": min(options.basis, limit),
-        "form": options.form,
-        "dtype": widest(types),
-        "tasks": [index for index, _ in held],
-    }
-
-
-def _shapes(part: dict[str, Any], directions: int) -> dict[str, tuple[int, ...]]:
-    places = part["experts"] * (part["inputs"] + part["outputs"])
-    found: dict[str, tuple[int, ...]] = {"mean": (places, part["rank"])}
-    if directions:
-        tasks = len(part["tasks"])
-        found["basis"] = (places, part["rank"], directions)
-        shared = part["form"] == "global"
-        found["coefficients"] = (directions, tasks) if shared else (places, directions, tasks)
-    return found
-
-
-def _tensors(name: str, part: dict[str, Any]) -> list[TensorSpec]:
-    return [
-        TensorSpec(f"{name}.{key}", part["dtype"], shape)
-        for key, shape in _shapes(part, part["basis"]).items()
-    ]
-
-
-def _size(part: dict[str, Any], directions: int) -> int:
-    return sum(Region("", shape).count for shape in _shapes(part, directions).values())
-
-
-def _config(adapter: Adapter) -> dict[str, object]:
-    """The config of the adapter as it will be taken out: scales are in the factors."""
-    return config(
-        [adapter], [Written(module, module.rank, "") for module in adapter.modules.values()]
-    )
-
-
-def _plain(adapter: Adapter) -> None:
-    """Refuse what is not made of two factors."""
-    biased = next((m.name for m in adapter.modules.values() if m.bias is not None), None)
-    if biased is not None:
-        raise InputError(
-            f"{adapter.folder}: module {biased} has lora_B.bias, which a basis cannot hold"
-        )
-    if adapter.full:
-        raise InputError(
-            f"{adapter.folder}: holds {', '.join(sorted(adapter.full))} in full, which a basis cannot hold",
-            hint="take modules_to_save out of the adapter",
-        )
