@@ -1,7 +1,7 @@
 """Perplexity per domain of every way of merging adapters, and its time and memory beside PEFT's own merger.
 
     python -m tests.benchmarks.adapters SMOLLM2 --held TEXT... [--adapters DIR...] [--sequences 8] [--methods svd ...]
-    python -m tests.benchmarks.adapters SMOLLM2 --cost [--copies 4]
+    python -m tests.benchmarks.adapters SMOLLM2 --cost [--copies 4] [--mergekit PYTHON]
 
 The first prints a Markdown table: the base, every adapter alone, every merge of all of them, and each adapter taken
 out of a pack (``merge rmm``) again, with the largest difference of its logits. Perplexities are of the last tenth of
@@ -9,7 +9,9 @@ each text, 128 tokens a sequence. Adapters are widened to float32 first, so that
 
 The second compares with ``add_weighted_adapter``. Every measurement is a process of its own; seconds begin after the
 imports, and memory is the largest growth of what belongs to no file from there on. PEFT merges inside a model, so
-that its time has that of loading it beside it. Not run by pytest.
+that its time has that of loading it beside it; its SVDs are thin ones (by default it asks for full matrices, which
+takes longer). With the interpreter of an environment that has mergekit, its extraction of an adapter from a fine-tune
+stands beside ours. Not run by pytest.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from moesurg.surgery.methods import methods
 from moesurg.surgery.operation import Request, run
 from moesurg.surgery.progress import Silent
 from tests.benchmarks.io import peak
+from tests.benchmarks.mergekit import measured
 from tests.oracle.helpers import peft, stock
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,11 +43,12 @@ SHIPPED = [ROOT / "fixtures" / "adapters" / name for name in ("bible", "german",
 LENGTH = 128
 COST = ("cat", "svd", "ties", "dare")
 """Methods that PEFT has too; of the last two its forms on whole matrices, which end in an SVD as ours do."""
+THIN = {"svd_rank": 16, "svd_full_matrices": False}
 THEIRS: dict[str, dict[str, Any]] = {
     "cat": {"combination_type": "cat"},
-    "svd": {"combination_type": "svd", "svd_rank": 16},
-    "ties": {"combination_type": "ties_svd", "svd_rank": 16, "density": 0.2},
-    "dare": {"combination_type": "dare_linear_svd", "svd_rank": 16, "density": 0.5},
+    "svd": {"combination_type": "svd", **THIN},
+    "ties": {"combination_type": "ties_svd", "density": 0.2, **THIN},
+    "dare": {"combination_type": "dare_linear_svd", "density": 0.5, **THIN},
 }
 VARIANTS: list[tuple[str, str, dict[str, Any]]] = [
     ("cat, mean", "cat", {"mean": True}),
@@ -66,6 +70,7 @@ def main() -> None:
     parser.add_argument("--cost", action="store_true", help="compare time and memory with PEFT")
     parser.add_argument("--copies", type=int, default=4, help="adapters merged for --cost")
     parser.add_argument("--rank", type=int, default=16, help="of those adapters")
+    parser.add_argument("--mergekit", type=Path, default=None, help="interpreter that has mergekit")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--measure", nargs=2, default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -76,6 +81,8 @@ def main() -> None:
             print(json.dumps(_measured(side, method, arguments, Path(name))))
         elif arguments.cost:
             _cost(arguments, Path(name))
+            if arguments.mergekit and (arguments.methods is None or "extract" in arguments.methods):
+                _extraction(arguments, Path(name))
         else:
             _quality(arguments, Path(name))
 
@@ -206,8 +213,10 @@ def _widened(source: Path, target: Path) -> Path:
 
 def _cost(arguments: argparse.Namespace, scratch: Path) -> None:
     print(f"{arguments.copies} adapters of rank {arguments.rank} on every linear layer, one thread")
-    print("| method | ours s | PEFT s | and loading s | ours MB | PEFT MB |")
-    print("|---|---|---|---|---|---|", flush=True)
+    print(
+        "| method | ours s | CPU s | PEFT s | and loading s | CPU s of both | ours MB | PEFT MB |"
+    )
+    print("|---" * 8 + "|", flush=True)
     for method in COST:
         if arguments.methods is not None and method not in arguments.methods:
             continue
@@ -220,11 +229,51 @@ def _cost(arguments: argparse.Namespace, scratch: Path) -> None:
             return statistics.median(one[key] for one in found)
 
         print(
-            f"| {method} | {middle(ours, 'seconds'):.2f} | {middle(theirs, 'seconds'):.2f} | "
-            f"{middle(theirs, 'loading'):.2f} | {middle(ours, 'bytes') / 1e6:.0f} | "
+            f"| {method} | {middle(ours, 'seconds'):.2f} | {middle(ours, 'used'):.2f} | "
+            f"{middle(theirs, 'seconds'):.2f} | {middle(theirs, 'loading'):.2f} | "
+            f"{middle(theirs, 'used'):.2f} | {middle(ours, 'bytes') / 1e6:.0f} | "
             f"{middle(theirs, 'bytes') / 1e6:.0f} |",
             flush=True,
         )
+
+
+def _extraction(arguments: argparse.Namespace, scratch: Path) -> None:
+    """Rank-16 adapters of what a fine-tune changed: ours, ours randomised, mergekit's."""
+    source = _random(arguments.base, scratch / "source", 16, 0)
+    tuned = scratch / "tuned"
+    options = {"weights": "0.001"}
+    _merge("apply", [arguments.base, source], tuned, options, command="adapter")
+    print("| extraction at rank 16 | seconds | CPU s | MB |")
+    print("|---|---|---|---|", flush=True)
+    for label, extra in (("adapter extract", {}), ("adapter extract --fast", {"fast": True})):
+        found = []
+        for index in range(arguments.runs):
+            out = scratch / f"{label}-{index}"
+            with peak() as grown:
+                started, used = time.perf_counter(), time.process_time()
+                _merge("extract", [arguments.base, tuned], out, extra, command="adapter")
+                seconds, used = time.perf_counter() - started, time.process_time() - used
+            found.append((seconds, used, grown[0]))
+        _row(label, found)
+    found = []
+    for index in range(arguments.runs):
+        given = [
+            "--model",
+            str(tuned),
+            "--base-model",
+            str(arguments.base.resolve()),
+            "--max-rank",
+            "16",
+        ]
+        given += ["--out-path", str(scratch / f"theirs-{index}")]
+        found.append(measured(arguments.mergekit, "extract", {"arguments": given}))
+    _row("mergekit-extract-lora", found)
+
+
+def _row(label: str, found: Sequence[tuple[float, float, int]]) -> None:
+    seconds, used, most = zip(*found, strict=True)
+    middle = f"{statistics.median(seconds):.2f} | {statistics.median(used):.2f}"
+    print(f"| {label} | {middle} | {max(most) / 1e6:.0f} |", flush=True)
 
 
 def _child(side: str, method: str, arguments: argparse.Namespace) -> dict[str, float]:
@@ -250,13 +299,13 @@ def _measured(
     if side == "ours":
         options = {} if method == "cat" else {"rank": 16}
         with peak() as grown:
-            started = time.perf_counter()
+            started, used = time.perf_counter(), time.process_time()
             _merge(method, folders, scratch / "out", options)
-            seconds = time.perf_counter() - started
-        return {"seconds": seconds, "bytes": grown[0]}
+            seconds, used = time.perf_counter() - started, time.process_time() - used
+        return {"seconds": seconds, "used": used, "bytes": grown[0]}
     loader: Any = AutoModelForCausalLM
     with peak() as grown:
-        started = time.perf_counter()
+        started, used = time.perf_counter(), time.process_time()
         base = loader.from_pretrained(arguments.base, dtype=torch.bfloat16, local_files_only=True)
         names = [f"a{index}" for index in range(len(folders))]
         model: Any = library.PeftModel.from_pretrained(base, str(folders[0]), adapter_name="a0")
@@ -268,7 +317,8 @@ def _measured(
             str(scratch / "out"), selected_adapters=["merged"], save_embedding_layers=False
         )
         seconds = time.perf_counter() - started - loading
-    return {"seconds": seconds, "loading": loading, "bytes": grown[0]}
+        used = time.process_time() - used
+    return {"seconds": seconds, "used": used, "loading": loading, "bytes": grown[0]}
 
 
 def _random(base: Path, folder: Path, rank: int, seed: int) -> Path:

@@ -29,14 +29,14 @@ else:
         main(arguments["arguments"], standalone_mode=False)
 print("ready", flush=True)
 sys.stdin.readline()
-started = time.perf_counter()
+started, used = time.perf_counter(), time.process_time()
 work()
-print(json.dumps(time.perf_counter() - started), flush=True)
+print(json.dumps([time.perf_counter() - started, time.process_time() - used]), flush=True)
 """
 
 
-def measured(python: Path, kind: str, arguments: dict[str, Any]) -> tuple[float, int]:
-    """Seconds from after the imports on, and the largest growth of anonymous memory in bytes.
+def measured(python: Path, kind: str, arguments: dict[str, Any]) -> tuple[float, float, int]:
+    """Seconds and processor seconds from after the imports on, largest growth of anonymous memory in bytes.
 
     Args:
         python: interpreter of an environment that has mergekit.
@@ -68,7 +68,8 @@ def measured(python: Path, kind: str, arguments: dict[str, Any]) -> tuple[float,
         lines = process.stdout.read().splitlines()
         if process.returncode or not lines:
             raise SystemExit(f"mergekit {kind} failed: {''.join(errors)[-1000:]}")
-        return float(lines[-1]), most - before
+        seconds, used = json.loads(lines[-1])
+        return seconds, used, most - before
 
 
 def merge_config(method: str, sources: Sequence[Path], dtype: str) -> dict[str, Any]:

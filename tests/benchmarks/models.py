@@ -7,7 +7,8 @@ Random Llama checkpoints (hidden 1024, feed-forward 2816, vocabulary 32000; 10 l
 The floor reads every source in pieces of 4 MB and writes one output that reaches the disk; it computes nothing,
 neither a merge nor the SHA-256 of every input and output file that a run records, whose own time is printed beside
 it. Everything runs in one process that has imported its libraries, on one thread; ratios are of medians. Memory is
-what the process itself holds (RssAnon), sampled every millisecond. With the interpreter of an environment that has
+what the process itself holds (RssAnon), sampled every millisecond; processor seconds, which other work on the machine
+changes less, are means. With the interpreter of an environment that has
 mergekit, the same merges by it stand beside ours: linear, ties, dare and della.
 """
 
@@ -91,8 +92,8 @@ def main() -> None:
             f"{arguments.models} models of {size:.0f} MB ({arguments.dtype}): floor {least:.2f} s, "
             f"SHA-256 of all files {hashing:.2f} s"
         )
-        other = "  mergekit s  mergekit MB" if arguments.mergekit else ""
-        print(f"method            seconds  times the floor  peak MB{other}")
+        other = "  mergekit s    CPU s  MB" if arguments.mergekit else ""
+        print(f"method            seconds    CPU s  times the floor  peak MB{other}")
         for method in arguments.methods:
             shutil.rmtree(output, ignore_errors=True)
             with peak() as memory:
@@ -101,25 +102,30 @@ def main() -> None:
             def again(method: str = method) -> None:
                 merge(method, sources, output)
 
+            used = time.process_time()
             took = median_of(again, arguments.runs, fresh=output)
-            line = f"{method:16s} {took:8.2f} {took / least:16.2f} {memory[0] / 1e6:8.0f}"
+            used = (time.process_time() - used) / arguments.runs
+            line = (
+                f"{method:16s} {took:8.2f} {used:8.2f} {took / least:16.2f} {memory[0] / 1e6:8.0f}"
+            )
             if arguments.mergekit:
-                seconds, most = theirs(arguments, method, sources, output)
-                line += f" {seconds:11.2f} {most / 1e6:12.0f}"
+                seconds, used, most = theirs(arguments, method, sources, output)
+                line += f" {seconds:11.2f} {used:8.2f} {most / 1e6:3.0f}"
             print(line, flush=True)
 
 
 def theirs(
     arguments: argparse.Namespace, method: str, sources: list[Path], output: Path
-) -> tuple[float, int]:
-    """Median seconds and largest memory of mergekit's merge."""
+) -> tuple[float, float, int]:
+    """Median seconds, median processor seconds and largest memory of mergekit's merge."""
     config = merge_config(method, sources, arguments.dtype)
     found = []
     for _ in range(arguments.runs):
         shutil.rmtree(output, ignore_errors=True)
         given = {"config": config, "output": str(output)}
         found.append(measured(arguments.mergekit, "merge", given))
-    return statistics.median(s for s, _ in found), max(most for _, most in found)
+    seconds, used, most = zip(*found, strict=True)
+    return statistics.median(seconds), statistics.median(used), max(most)
 
 
 if __name__ == "__main__":
