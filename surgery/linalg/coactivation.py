@@ -86,10 +86,14 @@ def coactive_groups(
         rng: for the seeding of k-means and the start of the eigenvectors.
         iterations: most steps of k-means and most sweeps, at least 1.
     """
+    from threadpoolctl import threadpool_limits
+
     on_NP = marks_NP.float()
     count_PP = on_NP.T @ on_NP
     points = _embedding(count_PP, groups, rng)
-    start = balanced_kmeans(points, groups, rng, iterations=iterations)
+    # Sums round differently with another number of threads: one, always.
+    with threadpool_limits(1):
+        start = balanced_kmeans(points, groups, rng, iterations=iterations)
     labels = np.empty(len(points), dtype=np.int64)
     for group, members in enumerate(start.members_KN):
         labels[members] = group

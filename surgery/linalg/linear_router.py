@@ -36,6 +36,7 @@ def fit_router(
     """
     import numpy as np
     from scipy.optimize import minimize
+    from threadpoolctl import threadpool_limits
 
     x_ND = inputs_ND.double()
     scale = float(x_ND.square().mean().sqrt()) or 1.0
@@ -58,13 +59,15 @@ def fit_router(
         slope_ED = slope_NE.T @ x_ND * shares + ridge * w_ED
         return loss, slope_ED.reshape(-1).numpy()
 
-    found = minimize(
-        value,
-        np.zeros(shape[0] * shape[1]),
-        jac=True,
-        method="L-BFGS-B",
-        options={"maxiter": STEPS, "gtol": 1e-6},
-    )
+    # Sums round differently with another number of threads: one, always.
+    with threadpool_limits(1):
+        found = minimize(
+            value,
+            np.zeros(shape[0] * shape[1]),
+            jac=True,
+            method="L-BFGS-B",
+            options={"maxiter": STEPS, "gtol": 1e-6},
+        )
     rows_ED = torch.from_numpy(np.asarray(found.x)).view(shape) / scale
     return rows_ED - rows_ED.mean(dim=0)
 

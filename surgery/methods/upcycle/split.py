@@ -54,7 +54,6 @@ from ...architectures.base import PROJECTIONS
 from ...errors import InputError, UsageError
 from ...plan import Unit
 from ..base import Draft, Exactness, MethodInfo, option
-from . import _activity as activity
 from . import _common as common
 from . import _partition as partition
 from . import _routers as routers
@@ -166,7 +165,9 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
         "active": active,
         "ridge": options.ridge,
     }
-    memory = _memory(neurons, routed, model.config.hidden, options.by, by_text * options.rows)
+    memory = partition.memory(
+        neurons, routed, model.config.hidden, options.by, by_text * options.rows
+    )
 
     def fill(layer: Layer, experts: Experts) -> tuple[list[Unit], common.Moves]:
         writes = [experts.region(e, p) for e in range(experts.count) for p in PROJECTIONS]
@@ -289,23 +290,6 @@ def _exactness(mixture: common.Mixture, options: Options, router: str, scale: fl
             "approximate", f"{options.experts} times the down projection rounds in {rounded}"
         )
     return Exactness("exact", "all parts are on, each with weight one")
-
-
-def _memory(neurons: int, routed: int, hidden: int, by: str, tokens: int) -> int:
-    """Bytes at the peak.
-
-    Matrices as float32 with their selections; for clusters, points (rows of gate, or marks), distances and the
-    assignment's P x P cost in float64; by activity the sample twice in float64, marks as float32, and a block of
-    activations.
-    """
-    held = 4 * 5 * neurons * hidden
-    if by != "random":
-        width = hidden if by == "kmeans" else 2
-        held += 8 * (3 * routed * width + 2 * routed**2)
-    if tokens:
-        held += tokens * (20 * hidden + (6 * neurons if by in BY_ACTIVITY else 0))
-        held += 4 * 3 * activity.BLOCK * neurons
-    return held
 
 
 def _put(work: Work, region: Any, neurons: torch.Tensor, role: int, scale: float) -> None:
