@@ -28,6 +28,8 @@ from .moesurg_null_experts import KEY as NULL_EXPERTS
 from .moesurg_null_experts import apply as apply_null_experts
 from .moesurg_read_me import KEY as READ_ME
 from .moesurg_read_me import apply as apply_read_me
+from .moesurg_routers import KEY as ROUTERS
+from .moesurg_routers import apply as apply_routers
 from .moesurg_shared_experts import KEY as SHARED_EXPERTS
 from .moesurg_shared_experts import apply as apply_shared_experts
 from .moesurg_ternary_experts import KEY as TERNARY_EXPERTS
@@ -37,6 +39,7 @@ PARTS = (
     (BAM, apply_bam),
     (MIXTURES, apply_mixtures),
     (NULL_EXPERTS, apply_null_experts),
+    (ROUTERS, apply_routers),
     (LOWRANK_EXPERTS, apply_lowrank_experts),
     (SHARED_EXPERTS, apply_shared_experts),
     (TERNARY_EXPERTS, apply_ternary_experts),

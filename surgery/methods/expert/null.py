@@ -16,8 +16,12 @@ New rows are drawn from N(0, std^2), W_c as well, v from N(0, 1) as in MoE++. Th
 token selects a new expert. With ``--barred`` none does until the bias that bars them is raised, and nothing changes.
 
 ``--form stock`` writes zero experts as experts of zero weights, for families that do not renormalise, where that is
-the same function; it costs their size. Deviations from MoE++: the router stays the family's linear one (MoE++ has two
-layers and adds the logits of the layer before, which at zero changes nothing), and inputs are not multiplied by k.
+the same function; it costs their size.
+
+``--router two-layer`` and ``--gating-residual`` are MoE++'s router: two layers with a tanh between, and the logits of
+the mixture before as further inputs. They begin as the family's linear router (see `_moepp`), which is the default.
+Deviations from MoE++: the inner layer is computed in float32 and the outer as the family does, and inputs are not
+multiplied by k.
 """
 
 from __future__ import annotations
@@ -41,6 +45,7 @@ from .._mixture import (
     reselected,
 )
 from ..base import Draft, Exactness, MethodInfo, option
+from . import _moepp as moepp
 from ._own import replaceable, stock_names
 from ._rows import check_rows, rows_unit, write_rows
 from ._slots import moves, resized, specs
@@ -76,6 +81,14 @@ class Options:
         "give the weight of zero experts to the others: as the family renormalises, yes or no",
         choices=("family", "yes", "no"),
     )
+    router: str = option(
+        "family",
+        "the family's linear router, or MoE++'s of two layers that begins as it",
+        choices=("family", "two-layer"),
+    )
+    gating_residual: bool = option(
+        False, "add the logits of the mixture before through a matrix that begins at zero (MoE++)"
+    )
     form: str = option(
         "custom",
         "custom: with model code; stock: zero experts as zero weights, where that is exact",
@@ -85,6 +98,14 @@ class Options:
     @property
     def count(self) -> int:
         return self.zero + self.copy + self.constant
+
+    def own_router(self, model: Model) -> moepp.Router | None:
+        """The routers with parts of MoE++, or None for the family's."""
+        two_layer = self.router == "two-layer"
+        if not two_layer and not self.gating_residual:
+            return None
+        layers = tuple(layer.index for layer in model.moe_layers)
+        return moepp.Router(layers, two_layer, self.gating_residual, self.std)
 
 
 def plan(models: Sequence[Model], options: Options) -> Draft:
@@ -110,7 +131,17 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
             "exact", "no token selects the new experts, and weights do not see them"
         )
     notes = prediction_notes(model)
+    router = options.own_router(model)
+    if router is not None:
+        moepp.check(model)
+        if router.two_layer:
+            exactness = Exactness("approximate", "tanh bends logits")
     if options.form == "stock":
+        if router is not None:
+            raise UsageError(
+                "--router two-layer and --gating-residual need model code",
+                hint="use --form custom",
+            )
         _check_stock(model, options, sharing=sharing or normalises)
         tensors, units = replaced(
             model,
@@ -131,10 +162,12 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
         "zero": options.zero,
         "renormalise": sharing,
     }
+    if router is not None:
+        config[moepp.KEY] = router.config(_router(model.moe_layers[0], options))
     tensors, units = replaced(
         model,
-        lambda layer: _specs(model, layer, options),
-        lambda layer: _units(layer, options),
+        lambda layer: _specs(model, layer, options, router),
+        lambda layer: _units(layer, options, router),
     )
     return Draft(config, tensors, units, exactness, tier="custom", notes=notes, files=files())
 
@@ -145,6 +178,8 @@ def transform(work: Work) -> dict[str, object]:
 
     if work.params["part"] == "rows":
         return write_rows(work)
+    if work.params["part"] == "moepp":
+        return moepp.fill(work)
     if work.params["part"] == "zeros":
         for region in work.unit.writes:
             work.write(region, torch.zeros(region.shape))
@@ -201,11 +236,16 @@ def _constants(layer: Layer, options: Options) -> list[Region]:
     return found if count else []
 
 
-def _specs(model: Model, layer: Layer, options: Options) -> Iterator[TensorSpec]:
+def _specs(
+    model: Model, layer: Layer, options: Options, own: moepp.Router | None
+) -> Iterator[TensorSpec]:
     check_expert_types(model, layer)
     before, after, router = mixture(layer), stock_names(layer), _router(layer, options)
     shapes = router.layout.routing_shapes(router.count, router.hidden)
-    for old, new in zip(before.routing, router.routing, strict=True):
+    for place, (old, new) in enumerate(zip(before.routing, router.routing, strict=True)):
+        if own is not None and place == 0:
+            yield from own.specs(model, layer, router)
+            continue
         shape = shapes[new.tensor.removeprefix(layer.prefix)]
         yield TensorSpec(new.tensor, model.dtype(old.tensor), shape)
     kind = model.dtype(before.region(0, "down").tensor)
@@ -217,17 +257,20 @@ def _specs(model: Model, layer: Layer, options: Options) -> Iterator[TensorSpec]
         yield TensorSpec(region.tensor, kind, region.shape)
 
 
-def _units(layer: Layer, options: Options) -> Iterator[Unit]:
+def _units(layer: Layer, options: Options, own: moepp.Router | None) -> Iterator[Unit]:
     before, after, router = mixture(layer), stock_names(layer), _router(layer, options)
     found = [
         (old, [new.rows(0, before.count)])
         for old, new in zip(before.routing, router.routing, strict=True)
-    ]
+    ][0 if own is None else 1 :]
     for expert in range(before.count):
         for part, region in before.regions(expert).items():
             found.append((region, [after.region(expert, part)]))
     yield copy_unit(f"layer.{layer.index}.experts", found, layer=layer.index)
-    yield _new_rows(layer, router, options)
+    if own is None:
+        yield _new_rows(layer, router, options)
+    else:
+        yield from own.units(layer, before, router, barred=options.barred)
     constants = _constants(layer, options)
     if constants:
         yield Unit(
