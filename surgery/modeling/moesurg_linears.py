@@ -36,21 +36,42 @@ class PivotLinear(nn.Module):
         self.pivot_coef = nn.Linear(rank, outputs - rank, bias=False)
         self.register_buffer("pivot_index", torch.arange(rank, dtype=torch.int32))
         self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
+        self._places = Places()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         pivots: torch.Tensor = self.pivot_rows(x)
         both = torch.cat([pivots, self.pivot_coef(pivots)], dim=-1)
-        y = both.index_select(-1, self._order())
+        y = both.index_select(-1, self._places(self.pivot_index, both.shape[-1]))
         return y if self.bias is None else y + self.bias
 
-    def _order(self) -> torch.Tensor:
-        """For each output its place in pivots followed by others."""
-        rank, others = self.pivot_coef.in_features, self.pivot_coef.out_features
-        index: Any = self.pivot_index
-        chosen = torch.zeros(rank + others, dtype=torch.long, device=index.device)
-        chosen = chosen.index_fill(0, index.long(), 1)
-        among_others = rank + (1 - chosen).cumsum(0) - 1
-        return torch.where(chosen.bool(), chosen.cumsum(0) - 1, among_others)
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._places.forget()
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+class Places:
+    """Where outputs lie among pivots followed by others; worked out once, as an index stays what was loaded."""
+
+    def __init__(self) -> None:
+        self._known: tuple[Any, torch.Tensor] | None = None
+
+    def __call__(self, index: Any, size: int) -> torch.Tensor:
+        """From ascending pivots [..., R] to the place of each of ``size`` outputs, [..., size]."""
+        if self._known is None or self._known[0] is not index:
+            self._known = (index, self._work_out(index, size))
+        return self._known[1]
+
+    def forget(self) -> None:
+        """The index may have other values now."""
+        self._known = None
+
+    @staticmethod
+    def _work_out(index: torch.Tensor, size: int) -> torch.Tensor:
+        rank = index.shape[-1]
+        chosen = torch.zeros(*index.shape[:-1], size, dtype=torch.long, device=index.device)
+        chosen = chosen.scatter(-1, index.long(), 1)
+        among_others = rank + (1 - chosen).cumsum(-1) - 1
+        return torch.where(chosen.bool(), chosen.cumsum(-1) - 1, among_others)
 
 
 FORMS = {"factors": FactorsLinear, "pivot": PivotLinear}

@@ -6,6 +6,7 @@ stacked over experts, or one of those below, in which experts share something.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.func import functional_call
 from torch.nn.functional import linear, silu
 
 from .moesurg_linears import FORMS as LOWRANK
+from .moesurg_linears import Places
 from .moesurg_mixed_linears import FORMS as MIXED
 
 KEY = "moesurg_shared_experts"
@@ -37,6 +39,7 @@ class Each(nn.Module):
         self, experts: int, outputs: int, inputs: int, *, form: str, rank: int, **sizes: Any
     ) -> None:
         super().__init__()
+        self.form = form
         layer: nn.Module
         if form in LOWRANK:
             layer = LOWRANK[form](inputs, outputs, rank, False)
@@ -51,8 +54,24 @@ class Each(nn.Module):
             owner.register_buffer(leaf, tensor.expand(experts, *tensor.shape).clone())
         # In a list, and without numbers: only its forward is used.
         self._layer = [layer.to("meta")]
+        self._places = Places()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._places.forget()
+        super()._load_from_state_dict(*args, **kwargs)
 
     def forward(self, x: torch.Tensor, expert: int) -> torch.Tensor:
+        # What is called most: the same as below, without its overhead.
+        parts: Any = self._modules
+        if self.form == "factors":
+            inner = linear(x, parts["lowrank_A"].weight[expert])
+            return linear(inner, parts["lowrank_B"].weight[expert])
+        if self.form == "pivot":
+            pivots = linear(x, parts["pivot_rows"].weight[expert])
+            others = linear(pivots, parts["pivot_coef"].weight[expert])
+            both = torch.cat([pivots, others], dim=-1)
+            places = self._places(self.pivot_index, both.shape[-1])
+            return both.index_select(-1, places[expert])
         own = {name: tensor[expert] for name, tensor in self.named_parameters()}
         own.update((name, tensor[expert]) for name, tensor in self.named_buffers())
         y: torch.Tensor = functional_call(self._layer[0], own, (x,))
@@ -146,7 +165,8 @@ class Bases(nn.Module):
         else:
             self.bases = nn.Parameter(torch.empty(bases, inner, inputs))
 
-    def _stack(self) -> torch.Tensor:
+    def stack(self) -> torch.Tensor:
+        """All bases [M, R, I], which serve all experts of a call."""
         if "bases" in self._parameters:
             return self.bases
         pivots: Any = self.pivots
@@ -158,8 +178,8 @@ class Bases(nn.Module):
         both = torch.cat([self.right, self.left @ self.right], dim=1)
         return both.gather(1, order[:, :, None].expand(-1, -1, both.shape[2]))
 
-    def forward(self, x: torch.Tensor, expert: int) -> torch.Tensor:
-        mixed = torch.einsum("m,mri->ri", self.mix[expert], self._stack())
+    def forward(self, x: torch.Tensor, expert: int, bases: torch.Tensor) -> torch.Tensor:
+        mixed = torch.einsum("m,mri->ri", self.mix[expert], bases)
         core = self.activation(mixed)
         if self.transposed:
             return linear(linear(x, self.private[expert].T), core.T)
@@ -196,15 +216,23 @@ class SharedExperts(nn.Module):
         self, hidden_states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
         output = torch.zeros_like(hidden_states)
-        parts: Any = self._modules
-        gate, up, down = (parts[part] for part in ("gate", "up", "down"))
+        gate, up, down = (self._ready(part) for part in ("gate", "up", "down"))
         for expert in torch.unique(index).tolist():
+            if expert >= self.num_experts:
+                continue
             token, slot = torch.where(index == expert)
             given = hidden_states[token]
             hidden = self.act_fn(gate(given, expert)) * up(given, expert)
             part = down(hidden, expert) * weights[token, slot, None]
             output.index_add_(0, token, part.to(output.dtype))
         return output
+
+    def _ready(self, part: str) -> Any:
+        """A projection to call with tokens and an expert, with what serves all experts worked out once."""
+        found: Any = self._modules[part]
+        if isinstance(found, Bases):
+            return partial(found, bases=found.stack())
+        return found
 
 
 def apply(body: Any, config: Any) -> None:

@@ -149,3 +149,18 @@ def test_experts_of_a_layer_share_a_rank_whatever_allocates_it(
     with pytest.raises(InputError, match="all of them need one rank"):
         operate("compress", "svd", source, tmp_path / "out", **given)
     operate("compress", "svd", source, tmp_path / "out", form="dense", **given)
+
+
+def test_weights_loaded_after_a_forward_count(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Model code works out the order of outputs once; it has to forget it."""
+    ids = token_ids(checkpoint("qwen3_moe"))
+    models = []
+    for seed in (0, 1):
+        operate(
+            "compress", "svd", checkpoint("qwen3_moe", seed=seed), tmp_path / f"{seed}", ratio=0.3
+        )
+        models.append(custom(tmp_path / f"{seed}"))
+    first, second = (logits(model, ids) for model in models)
+    assert float((first - second).abs().max()) > 1e-3
+    models[0].load_state_dict(models[1].state_dict())
+    assert torch.equal(logits(models[0], ids), second)

@@ -22,6 +22,14 @@ MIXTURES = "moesurg_mixtures"
 """The key of the config, as in `modeling/`, whose files import torch."""
 
 
+LACKS = {
+    "moesurg_bam": "has no router over attentions",
+    "moesurg_null_experts": "has no experts without a feed-forward",
+    "moesurg_read_me": "has no router before its layers",
+}
+"""By key of the config, what stock classes do not have that such a part needs."""
+
+
 @dataclass(frozen=True)
 class Piece:
     """Some stored tensors and what they become.
@@ -48,6 +56,8 @@ def pieces(model: CustomModel) -> Iterator[Piece]:
         if key not in known:
             raise InputError(
                 f"{model.folder}: its {key} cannot be stored as stock {model.family.class_name}"
+                + (f", which {LACKS[key]}" if key in LACKS else ""),
+                hint="eval and verify take it as it is",
             )
         if not isinstance(entry, Mapping):
             raise InputError(f"{model.folder / 'config.json'}: {key} is not an object")
@@ -90,7 +100,8 @@ def _mixtures(model: CustomModel, entry: Mapping[str, Any]) -> Iterator[Piece]:
     if not entry.get("mapped"):
         raise InputError(
             f"{model.folder}: its layers have different numbers of experts, which stock "
-            f"{model.family.class_name} cannot hold"
+            f"{model.family.class_name} cannot hold",
+            hint="eval and verify take it as it is",
         )
     names, layers = entry["experts"], entry["layers"]
     for index, count in layers.items():
