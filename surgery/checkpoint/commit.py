@@ -31,6 +31,7 @@ from typing import Any
 from ..errors import InputError, MoesurgError, RefusedError, StoppedError
 from . import fs, journal
 from .journal import JOURNAL, Journal, fingerprint_digest
+from .lock import Lock
 
 __all__ = ["JOURNAL", "PLAN", "PRIVATE", "REPORT", "Staging", "fingerprint_digest"]
 
@@ -72,7 +73,7 @@ class Staging:
         # As it will be read back: lists for tuples, text for keys.
         self._fingerprint: dict[str, Any] = json.loads(json.dumps(fingerprint))
         self._force = force
-        self._lock: int | None = None
+        self._lock: Lock | None = None
         self._journal: Journal | None = None
         self._buffer: list[dict[str, Any]] = []
         self._flushed = time.monotonic()
@@ -115,7 +116,7 @@ class Staging:
             self._refuse_existing()  # before anything is created, and once more under the lock
         try:
             self._create_parents()
-            self._lock = _acquire(self._lock_path)
+            self._lock = Lock(self._lock_path)
             self._begin(resume=resume)
         except BaseException as error:
             self._clean_up(self.abandon, error)
@@ -193,7 +194,8 @@ class Staging:
         if self._mine is not None:
             _discard(self._mine)
             self._mine = None
-        self._unlock()
+        if self._lock is not None:
+            self._lock.release()
         while self._parents:
             with suppress(MoesurgError):  # somebody else may have put something there
                 fs.rmdir(self._parents.pop())
@@ -201,7 +203,8 @@ class Staging:
     def release(self) -> None:
         """Keep the staging folder for a resume and let go of it. Unflushed records are lost."""
         self._close_journal()
-        self._unlock()
+        if self._lock is not None:
+            self._lock.release()
 
     def __enter__(self) -> Staging:
         return self
@@ -228,7 +231,8 @@ class Staging:
                 fs.rename(self._aside, self.output)
         if resume and self._is_complete():
             _discard(self.path)
-            self._unlock()
+            if self._lock is not None:
+                self._lock.release()
             self.complete = True
             return
         self._refuse_existing()
@@ -337,52 +341,13 @@ class Staging:
         except MoesurgError as another:
             error.add_note(f"cleaning up failed as well: {another.message}")
         finally:
-            self._close_lock()
-
-    def _close_lock(self) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+            if self._lock is not None:
+                self._lock.close()
 
     def _close_journal(self) -> None:
         if self._journal is not None:
             self._journal.close()
             self._journal = None
-
-    def _unlock(self) -> None:
-        if self._lock is None:
-            return
-        # Removed while locked, so that nobody else can hold a lock on the name being removed.
-        if os.name == "posix" and _holds(self._lock, self._lock_path):
-            fs.unlink(self._lock_path)
-        self._close_lock()
-        if os.name != "posix":
-            with suppress(MoesurgError):  # there an open file cannot be removed
-                fs.unlink(self._lock_path)
-
-
-def _acquire(path: Path) -> int:
-    while True:
-        fd = fs.open_write(path, create=True)
-        try:
-            if not fs.try_lock(fd, path):
-                raise RefusedError(
-                    f"another run is writing this output: it holds the lock {path}",
-                    hint="wait for it to end or choose another --output",
-                )
-        except BaseException:
-            os.close(fd)
-            raise
-        if _holds(fd, path):
-            return fd
-        os.close(fd)  # its holder removed the file between our open and our lock
-
-
-def _holds(fd: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(fd), os.stat(path))
-    except FileNotFoundError:
-        return False
 
 
 def _discard(path: Path) -> None:
