@@ -355,6 +355,8 @@ class _Job:
             self.plan, tensors=tuple(draft.tensors), units=tuple(draft.units)
         )
         validate(self.plan, [source.checkpoint for source in self.sources])
+        if self.request.output is not None:
+            _check_disk(self.request.output, self.plan)  # padding may have made it larger
         self.shards = self.plan.shards
 
     def _execute(
