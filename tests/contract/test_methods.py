@@ -272,12 +272,13 @@ def test_the_report_is_complete(method: Method, sources: list[Path], tmp_path: P
 
 
 def test_the_plan_survives_json(method: Method, sources: list[Path]) -> None:
-    from moesurg.surgery.operation import Request, _plan
+    from moesurg.surgery.job import plan_of
+    from moesurg.surgery.operation import Request
 
     models = [open_source(source) for source in sources]
     options = options_of(method, sources)
     draft = method.plan(models, method.parse(options))
     folders = tuple(map(str, sources))
     request = Request(method.command, method.name, folders, None, options)
-    plan = _plan(request, models, draft, method.parse(options))
+    plan = plan_of(request, models, draft, method.parse(options))
     assert type(plan).from_json(plan.to_json()) == plan
