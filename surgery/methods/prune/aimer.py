@@ -74,13 +74,16 @@ def ratio(total: float, squares: float, count: int) -> float:
 
 
 def _score(weights: Weights, experts: Experts, expert: int) -> float:
+    import torch
+
     total = squares = 0.0
     count = 0
     for projection in PROJECTIONS:
         region = experts.region(expert, projection)
         count += region.count
         for block in weights.blocks(region):
-            wide = block.double()
-            total += float(wide.abs().sum())
-            squares += float(wide.square().sum())
+            wide = block.double().flatten()
+            # In one pass each, without temporaries.
+            total += float(torch.linalg.vector_norm(wide, 1))
+            squares += float(wide @ wide)
     return ratio(total, squares, count)
