@@ -27,6 +27,7 @@ from ..plan import Unit
 from .forward import STATES_IN_MEMORY, LayerStream, Step
 from .gram_folder import SCHEMA_VERSION, ShiftedGrams, layer_file
 from .sequences import Batch, Sequences
+from .shifted_experts import ShiftedExperts, by_layer
 
 Sink = Callable[[str, bytes], None]
 Replacement = Callable[[Unit, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -115,7 +116,8 @@ def collect_shifted(
     """Run the text through both models and hand every layer's file to ``sink``.
 
     Args:
-        units: transforms of linear layers name their module in ``params["input"]``; others are not looked at.
+        units: transforms of linear layers name their module in ``params["input"]``, those of experts ``expert`` and
+            ``role`` too; others are not looked at.
 
     Returns:
         The manifest, JSON values, without the model's digest.
@@ -124,9 +126,13 @@ def collect_shifted(
         InputError: a value is not finite.
     """
     wanted: dict[int | None, dict[str, Unit]] = {}
-    for unit in units:
-        if unit.kind == "transform":
+    made = [unit for unit in units if unit.kind == "transform"]
+    for unit in made:
+        if "expert" not in unit.params:
             wanted.setdefault(unit.layer, {})[unit.params["input"]] = unit
+    experts = by_layer(unit for unit in made if "expert" in unit.params)
+    from safetensors.torch import save
+
     streams = [
         LayerStream(model, reader, device=device, max_memory=max_memory, scratch=scratch)
         for _ in range(2)
@@ -135,7 +141,14 @@ def collect_shifted(
     with streams[0].run(sequences) as first, streams[1].run(sequences) as second:
         for one, other in zip(first.layers(), second.layers(), strict=True):
             here = wanted.get(one.index, {})
-            data, source, rows = _layer(one, other, here, replacement)
+            stored, source, rows = _layer(one, other, here, replacement)
+            if one.index in experts:
+                mixture = ShiftedExperts(one, other)
+                mixture.collect(experts[one.index], replacement)
+                stored |= mixture.stored
+                rows |= mixture.rows
+                source |= {name: name for name in mixture.stored}
+            data = save(stored)
             sink(layer_file(one.index), data)
             layers[str(one.index)] = {
                 "sha256": hashlib.sha256(data).hexdigest(),
@@ -164,10 +177,8 @@ def collect_shifted(
 
 def _layer(
     one: Step, other: Step, wanted: dict[str, Unit], replacement: Replacement
-) -> tuple[bytes, dict[str, str], dict[str, int]]:
-    """A layer's file, the matrix every module's inputs are stored under, and how many inputs each sums."""
-    from safetensors.torch import save
-
+) -> tuple[dict[str, torch.Tensor], dict[str, str], dict[str, int]]:
+    """A layer's matrices, the one every module's inputs are stored under, and how many inputs each sums."""
     before, after = _Tap(one), _Tap(other)
     stored: dict[str, torch.Tensor] = {}
     source: dict[str, str] = {}
@@ -200,4 +211,4 @@ def _layer(
         raise MoesurgError(
             f"layer {one.index}: the stock forward does not call {sorted(missing)[0]}"
         )
-    return save(stored), source, rows
+    return stored, source, rows

@@ -106,7 +106,9 @@ def plan_lowrank(
 
 def _cut(linear: Linear, rank: int, form: str, params: Mapping[str, Any], memory: int) -> Cut:
     rows, columns = shape_of(linear.region)
-    facts = {"form": form, "rank": rank, "name": stored_name(linear)}
+    facts: dict[str, Any] = {"form": form, "rank": rank, "name": stored_name(linear)}
+    if linear.expert is not None:
+        facts |= {"expert": linear.expert, "role": linear.role}
     # The matrix, its approximation and their difference in float64, and a decomposition.
     need = 40 * rows * columns + 32 * min(rows, columns) ** 2 + memory * columns**2
     return Cut(linear, {"form": form, "rank": rank}, {**params, **facts}, need)

@@ -21,8 +21,10 @@ little; ``--share 1 --damping 1e-4`` is the paper's. Its refinement of whole blo
 Ranks have to be known before the text is seen: they are uniform, given (``--rank-plan``, such as that of a run of
 ``svd-llm --allocate``), or allocated by the spectra of the weights alone.
 
-Experts of mixtures are refused: once routing differs, the two models' inputs of an expert are of different tokens.
-Their attention can be compressed: ``--targets attention``.
+Experts of mixtures, of which the paper does not speak: once matrices are replaced, the two models' routers differ, so
+every token's experts are taken to be those that the original router selects, in both models. Gate and up use all inputs
+of the mixture, down the expert's own hidden activations; an expert that no token selects gets the plain truncation.
+The routers themselves stay, and the compressed model's own choices make the inputs of the next layer.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ...architectures.base import PROJECTIONS
 from ...errors import InputError, UsageError
 from ..base import Draft, MethodInfo, option
 from ._lowrank import choose, write_lowrank
@@ -42,13 +45,14 @@ if TYPE_CHECKING:
     from ...architectures.model import Model
     from ...calibration.gram_folder import ShiftedGrams
     from ...execute import Work
+    from ...linalg.lowrank import LowRank
     from ...plan import Unit
     from ...weights import Weights
 
 INFO = MethodInfo(
     summary="lower rank that makes up for what earlier layers lost",
     paper="arXiv:2604.02119",
-    inputs="one dense model, or a mixture's attention",
+    inputs="one dense model or mixture",
     data="shifted",
     tier="custom",
 )
@@ -74,7 +78,7 @@ def plan(
 
     Raises:
         UsageError: an option out of range.
-        InputError: experts are among the targets.
+        InputError: experts are among the targets that are no three matrices called by index.
     """
     if not 0 <= options.damping < float("inf"):
         raise UsageError(f"--damping {options.damping} should be at least 0")
@@ -82,11 +86,17 @@ def plan(
         raise UsageError(f"--share {options.share} should be between 0 and 1")
     for model in models:
         if any(linear.expert is not None for linear in choose(model, options.targets)):
-            raise InputError(
-                f"{model.folder}: aa-svd does not compress experts, whose inputs are of other tokens once routing "
-                "differs",
-                hint="use --targets attention, or svd-llm",
-            )
+            experts = model.moe_layers[0].experts
+            if (
+                experts is None
+                or experts.layout.parts != PROJECTIONS
+                or experts.stock.call != "routed"
+            ):
+                raise InputError(
+                    f"{model.folder}: aa-svd compresses experts that are three matrices without biases, called by "
+                    f"index; those of {model.family.model_type} are not",
+                    hint="use --targets attention, or svd-llm --form dense",
+                )
     params = {"damping": options.damping, "share": options.share}
     return plan_ranked(models, options, params, decisions, memory=96)
 
@@ -111,34 +121,31 @@ def replacement(
 ) -> torch.Tensor:
     """What a unit's matrix will be, as it is stored."""
     from ...checkpoint.dtypes import torch_dtype
-    from ...linalg.whitening import truncate_shifted
 
-    found = truncate_shifted(
-        matrix,
-        gram,
-        cross,
-        unit.params["rank"],
-        damping=unit.params["damping"],
-        share=unit.params["share"],
-    )
+    found = _truncated(unit.params, matrix, gram, cross)
     return found.product().to(torch_dtype(unit.params["dtype"]))
 
 
 def transform(work: Work) -> dict[str, object]:
     """Truncate one matrix by the Gram matrices of its inputs."""
     from ...calibration.gram_folder import ShiftedGrams
-    from ...linalg.whitening import truncate_shifted
 
     (region,) = work.unit.reads
     grams, module = ShiftedGrams.open(work.statistics), work.params["input"]
     gram, rows = grams.read(work.layer, module)
     cross, _ = grams.read(work.layer, f"{module}.cross")
-    found = truncate_shifted(
-        work.read(region),
-        gram,
-        cross,
-        work.params["rank"],
-        damping=work.params["damping"],
-        share=work.params["share"],
-    )
+    found = _truncated(work.params, work.read(region), gram, cross)
     return {**write_lowrank(work, found), "inputs": rows}
+
+
+def _truncated(
+    params: Mapping[str, Any], matrix: torch.Tensor, gram: torch.Tensor, cross: torch.Tensor
+) -> LowRank:
+    from ...linalg.lowrank import truncate
+    from ...linalg.whitening import truncate_shifted
+
+    if not bool(gram.any()):
+        return truncate(matrix, params["rank"])
+    return truncate_shifted(
+        matrix, gram, cross, params["rank"], damping=params["damping"], share=params["share"]
+    )
