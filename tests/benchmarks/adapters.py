@@ -238,8 +238,8 @@ def _cost(arguments: argparse.Namespace, scratch: Path) -> None:
 
 
 def _extraction(arguments: argparse.Namespace, scratch: Path) -> None:
-    """Rank-16 adapters of what a fine-tune changed: ours, ours randomised, mergekit's."""
-    source = _random(arguments.base, scratch / "source", 16, 0)
+    """Rank-16 adapters of a fine-tune whose changes have rank 64: ours, ours randomised, mergekit's."""
+    source = _random(arguments.base, scratch / "source", 64, 0)
     tuned = scratch / "tuned"
     options = {"weights": "0.001"}
     _merge("apply", [arguments.base, source], tuned, options, command="adapter")

@@ -160,6 +160,9 @@ def transform(work: Work) -> dict[str, object]:
         change = torch.cat(
             [work.read(reads[half + i]).double() - work.read(reads[i]).double() for i in chosen]
         )
+        if params["single"]:
+            # Rounding a difference costs a part in 10^7 of it; the decomposition falls back to float64 where it counts.
+            change = change.float()
         if params["fast"]:
             rng = work.rng("sketch", params["module"], expert)
             found = truncate_randomised(change, params["rank"], rng)
@@ -218,6 +221,8 @@ def _plan(models: Sequence[Model], options: Options, decided: Any) -> Draft:
                     "rank": rank,
                     "matrices": len(target.rows[0]),
                     "fast": options.fast,
+                    "single": "F64"
+                    not in {model.dtype(r.tensor) for model in models for r in reads},
                 },
                 memory=48 * numbers
                 + 32 * most**2
