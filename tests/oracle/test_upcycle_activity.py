@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from moesurg.surgery.errors import InputError, UsageError
+from tests.faults.harness import digest
 from tests.oracle.helpers import drift, operate, rewrite, stock, tensors
 
 Checkpoint = Callable[..., Path]
@@ -66,18 +67,11 @@ def inputs_of(folder: Path, files: tuple[Path, ...], layer: int) -> torch.Tensor
 def test_all_parts_together_are_the_dense_function(
     checkpoint: Checkpoint, tmp_path: Path, by: str, family: str, shared: int
 ) -> None:
-    """With a fitted router too: its logits are small, so that weights of selected experts are nearly equal."""
-    source, output = checkpoint(family), tmp_path / "moe"
-    options: dict[str, Any] = {"by": by, "shared_neurons": shared, "sharpness": 2.0**-20}
-    operate(
-        "upcycle",
-        "split",
-        source,
-        output,
-        experts=5 if shared else 3,
-        top_k=5 if shared else 3,
-        **options,
-    )
+    """With a fitted router too, which is zero where all experts are wanted."""
+    source, output, experts = checkpoint(family), tmp_path / "moe", 5 if shared else 3
+    options: dict[str, Any] = {"by": by, "shared_neurons": shared, "top_k": experts}
+    result = operate("upcycle", "split", source, output, experts=experts, **options)
+    assert result["exactness"]["kind"] == "exact"
     assert drift(source, output) < 1e-4
     uniform = operate(
         "upcycle",
@@ -203,6 +197,16 @@ def test_any_division_can_have_a_fitted_router(
     report = json.loads((tmp_path / "b" / "report.json").read_text())
     told = [report["units"][f"layer.{layer}.split"]["recall_of_oracle"] for layer in range(3)]
     assert np.mean(told) > 2 / 6
+
+
+@pytest.mark.parametrize("by", WAYS)
+def test_equal_requests_give_equal_bytes(
+    checkpoint: Checkpoint, tmp_path: Path, text: tuple[Path, ...], by: str
+) -> None:
+    source = checkpoint("llama", dtype="bfloat16")
+    for name in ("one", "again"):
+        operate("upcycle", "split", source, tmp_path / name, by=by, experts=6, data=text)
+    assert digest(tmp_path / "one") == digest(tmp_path / "again")
 
 
 def test_the_sample_is_as_large_as_asked(

@@ -71,6 +71,17 @@ def test_every_neuron_is_in_one_expert(
     stock(output)
 
 
+def test_small_logits_weigh_selected_experts_alike(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """With all parts on, what is left of the difference from the dense model is the difference of weights."""
+    source, found = checkpoint("llama"), []
+    for number, sharpness in enumerate((1.0, 2.0**-7, 2.0**-20)):
+        output = tmp_path / str(number)
+        operate("upcycle", "split", source, output, experts=3, top_k=3, sharpness=sharpness)
+        found.append(drift(source, output))
+    assert found[1] < found[0] / 20
+    assert found[2] < 1e-4
+
+
 def test_planted_groups_are_found_and_routed_to(checkpoint: Checkpoint, tmp_path: Path) -> None:
     """Gate rows in four orthogonal bundles, shuffled: each becomes an expert whose tokens come to it."""
     source = checkpoint("llama")

@@ -282,7 +282,9 @@ def _exactness(mixture: common.Mixture, options: Options, router: str, scale: fl
             "approximate", f"{options.top_k} of {options.experts} parts are on for a token"
         )
     types = {mixture.model.dtype(layer.ffn["down"].tensor) for layer in mixture.model.layers}
-    if router != "uniform" or scale != options.experts or not mixture.rule.weights_sum_to_one:
+    # A router that is fitted where all experts are wanted is zero.
+    even = router in ("uniform", *FITTED) and mixture.rule.weights_sum_to_one
+    if not even or scale != options.experts:
         return Exactness("approximate", "the parts are not weighted equally, or not by one")
     if options.experts & (options.experts - 1) and not types <= {"F32", "F64"}:
         rounded = ", ".join(sorted(types))
