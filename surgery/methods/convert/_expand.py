@@ -153,7 +153,7 @@ def expanded(work: Work) -> torch.Tensor:
         from ._expand_experts import multiplied
 
         return multiplied(work)
-    from ._expand_parts import entry_matrix
+    from ._expand_matrix import entry_matrix
 
     return entry_matrix(work)
 
