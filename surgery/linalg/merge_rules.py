@@ -107,6 +107,14 @@ def _elect(
     return int(-opposed)
 
 
+def drawn(uniform: torch.Tensor, likely: torch.Tensor | float) -> torch.Tensor:
+    """1 where a uniform number is below its probability, else 0, in place of the numbers and of their type.
+
+    In floating arithmetic, which is many times faster than comparing and selecting.
+    """
+    return uniform.neg_().add_(likely).sign_().clamp_(min=0)
+
+
 def keep_probabilities(change: torch.Tensor, density: float, window: float) -> torch.Tensor:
     """How likely each element is kept: larger ones more, by their rank in the row (DELLA, arXiv:2406.11617).
 

@@ -66,6 +66,7 @@ def apply(
     density: float = 1.0,
     normalize: bool = True,
     mass: float | None = None,
+    consume: bool = False,
 ) -> torch.Tensor:
     """Merge matrices by a rule.
 
@@ -75,12 +76,13 @@ def apply(
             the density, then summed; ``della``: kept at random, larger ones more, divided by their probability, signs
             elected; ``tsv``: singular vectors made orthogonal across changes; ``iso``: the sum with all its singular
             values equal.
-        changes: of one shape, float64.
+        changes: of one shape and floating type.
         weights: one each.
         rng: gives the stream of a purpose.
         density: of ``ties``, ``dare`` and ``della``.
         normalize: whether ``ties`` and ``della`` divide by the weights that agree.
         mass: the sum of the weights that ``mean`` divides by, with those of adapters that lack the module.
+        consume: whether the changes may be overwritten.
     """
     from ...linalg import merge_rules, task_singular
 
@@ -93,7 +95,7 @@ def apply(
             raise UsageError("--weights add up to 0, so no mean can be taken")
         return total / divisor
     if rule == "ties":
-        trimmed = [trim(change, density) for change in changes]
+        trimmed = [trim(c if consume else c.clone(), density) for c in changes]
         return merge_rules.elected(trimmed, weights, normalize=normalize).merged
     if rule == "dare":
         kept = [_drop(c, c.new_full((), density), rng("dare", i)) for i, c in enumerate(changes)]
@@ -117,14 +119,12 @@ def apply(
 
 
 def trim(change: torch.Tensor, density: float) -> torch.Tensor:
-    """Only the largest floor(density * elements), ties by position."""
-    import torch
-
+    """Only the largest floor(density * elements), ties by position; overwrites the change where it is contiguous."""
     from ...linalg.selection import Taking, kth_largest
 
     count = change.numel()
     cut = kth_largest(lambda: iter([change]), count, int(density * count + 1e-9))
-    return Taking(cut).trim_(change.clone(memory_format=torch.contiguous_format))
+    return Taking(cut).trim_(change.contiguous())
 
 
 def dense(
@@ -135,9 +135,9 @@ def dense(
     def merged(pairs: list[Pair], weights: list[float]) -> tuple[Pair, dict[str, object]]:
         from ...linalg.lowrank import truncate
 
-        found = apply(rule, [up @ down for down, up in pairs], weights, rng=rng, **options)
-        # What the rule leaves of full rank is far more than float32 rounds away; where it is not, `truncate` sees it.
-        kept = truncate(found.float(), rank)
+        # Elements are chosen and truncated, which loses far more than float32 rounds away.
+        changes = [up.float() @ down.float() for down, up in pairs]
+        kept = truncate(apply(rule, changes, weights, rng=rng, consume=True, **options), rank)
         up, down = kept.balanced()
         return (down, up), {"truncation_error": kept.relative_error}
 
@@ -232,7 +232,11 @@ def _streams(work: Work) -> Random:
 
 def _drop(change: torch.Tensor, likely: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
     """Elements kept with their probability and divided by it, so that the expectation is the change."""
+    import numpy as np
     import torch
 
-    drawn = torch.from_numpy(rng.random(tuple(change.shape)))
-    return torch.where(drawn < likely, change / likely.clamp_min(1e-12), 0.0)
+    from ...linalg.merge_rules import drawn
+
+    kind: Any = np.float64 if change.dtype == torch.float64 else np.float32
+    kept = drawn(torch.from_numpy(rng.random(tuple(change.shape), dtype=kind)), likely)
+    return kept.mul_(change).div_(likely.clamp_min(1e-12))

@@ -34,7 +34,7 @@ def merge(
         found = []
         for source, change in enumerate(block.tensors):
             likely = probability(change)
-            kept = change * _kept(work, block, source, likely)
+            kept = _kept(work, block, source, likely).to(change.dtype).mul_(change)
             found.append(kept.div_(likely) if divide else kept)
         return found
 
@@ -62,13 +62,15 @@ def merge(
 def _kept(
     work: Work, block: reading.Block, source: int, likely: torch.Tensor | float
 ) -> torch.Tensor:
-    """The mask of one block of one source: the same on every pass."""
+    """The mask of one block of one source, ones and zeros: the same on every pass."""
     import numpy as np
     import torch
 
+    from ...linalg.merge_rules import drawn
+
     generator = work.rng("drop", block.target.tensor, source, block.index)
-    drawn = torch.from_numpy(generator.random(block.target.shape or (1,), dtype=np.float32))
-    return drawn.reshape(block.target.shape) < likely
+    uniform = torch.from_numpy(generator.random(block.target.shape or (1,), dtype=np.float32))
+    return drawn(uniform.reshape(block.target.shape), likely)
 
 
 def _float64() -> torch.dtype:
