@@ -62,6 +62,18 @@ def test_inspect_as_json_is_one_document(call_cli: Cli, checkpoint: Callable[...
     assert json.loads(out)["family"] == "qwen3_moe"
 
 
+def test_inspect_tells_a_person_what_is_not_stock(
+    call_cli: Cli, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    small = tmp_path / "small"
+    options = ["--method", "svd", "--ratio", "0.3", "-o", small, "--quiet"]
+    assert call_cli("compress", checkpoint("qwen3_moe"), *options).code == 0
+    code, out, err = call_cli("inspect", small)
+    assert (code, err) == (0, "")
+    for words in ("instead of", "pivot", "convert --expand", "MoesurgQwen3MoeForCausalLM"):
+        assert words in out
+
+
 USAGE = [
     ["nonsense"],
     ["--nonsense"],

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +17,10 @@ from moesurg.surgery.architectures.linears import linears
 from moesurg.surgery.architectures.model import Model
 from moesurg.surgery.calibration.corpus import read_corpus
 from moesurg.surgery.calibration.sequences import tokenise
-from moesurg.surgery.errors import InputError, UsageError
+from moesurg.surgery.errors import InputError, Interrupted, UsageError
 from moesurg.surgery.linalg.whitening import truncate_shifted
+from moesurg.surgery.operation import Request, run
+from moesurg.surgery.progress import Silent
 from tests.oracle.helpers import custom, operate, stock, tensors, token_ids
 
 Checkpoint = Callable[..., Path]
@@ -205,3 +210,37 @@ def test_ranks_can_be_given_and_allocated(checkpoint: Checkpoint, tmp_path: Path
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
     blind = tensors(tmp_path / "blind")
     assert any(not torch.equal(tensor, blind[name]) for name, tensor in one.items())
+
+
+class Stopping(Silent):
+    """Interrupts the run in a stage."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.now = name, False
+
+    def stage(self, name: str, total: int) -> None:
+        self.now = name == self.name
+
+    def advance(self, count: int = 1) -> None:
+        if self.now and count:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("stage", ["calibrating", "aa-svd"])
+def test_a_run_with_allocated_ranks_goes_on_where_it_stopped(
+    stage: str, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    source = checkpoint("llama", tokenizer=True)
+    options: dict[str, object] = {"ratio": 0.3, "allocate": "energy"}
+    fields: dict[str, Any] = {"tokens": 200, "seq_len": 50, "workers": 1}
+    for name in ("whole", "out"):
+        request = Request("compress", "aa-svd", (str(source),), tmp_path / name, options, **fields)
+        if name == "whole":
+            run(request, Silent())
+            continue
+        with pytest.raises(Interrupted):
+            run(request, Stopping(stage))
+        run(dataclasses.replace(request, resume=True), Silent())
+    whole, out = tensors(tmp_path / "whole"), tensors(tmp_path / "out")
+    assert whole.keys() == out.keys()
+    assert all(torch.equal(tensor, out[name]) for name, tensor in whole.items())
