@@ -123,6 +123,10 @@ def test_norms_embeddings_and_heads_are_saved_in_full(
         # PEFT sees that both ends of the tie are there, which is what keeps them equal.
         warnings.filterwarnings("ignore", message="Model has .tie_word_embeddings")
         assert close(adapted(base, tmp_path / "out"), logits(tuned, token_ids(base)))
+    operate("adapter", "apply", [base, tmp_path / "out"], tmp_path / "back")
+    for name, value in tensors(tmp_path / "back").items():
+        torch.testing.assert_close(value, tensors(tuned)[name], atol=1e-5, rtol=1e-4)
+        assert torch.equal(value, tensors(tuned)[name]) or name not in changed
     operate("merge", "svd", tmp_path / "out", tmp_path / "again")
     again = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
     assert set(again["modules_to_save"]) == saved
@@ -191,6 +195,36 @@ def test_applying_several_is_applying_their_sum(checkpoint: Checkpoint, tmp_path
     operate("adapter", "apply", [base, tmp_path / "sum"], tmp_path / "two")
     for name, value in tensors(tmp_path / "one").items():
         torch.testing.assert_close(tensors(tmp_path / "two")[name], value, atol=1e-5, rtol=1e-4)
+
+
+def saving(checkpoint: Checkpoint, base: Path, *names: str, seed: int = 0) -> Path:
+    """An adapter that saves modules of the base in full, with other values in each."""
+    extra = {
+        f"base_model.model.{name}.weight": torch.randn(
+            tensors(base)["model.embed_tokens.weight"].shape,
+            generator=torch.Generator().manual_seed(seed + index),
+        )
+        for index, name in enumerate(names)
+    }
+    return checkpoint("adapter", extra=extra, modules_to_save=list(names), seed=seed)
+
+
+def test_replaced_modules_have_to_fit(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    base, tied = checkpoint("llama"), checkpoint("llama", tie_word_embeddings=True)
+    out = tmp_path / "out"
+    head = saving(checkpoint, base, "lm_head")
+    operate("adapter", "apply", [base, head], tmp_path / "one")
+    assert close(adapted(base, head), logits(tmp_path / "one", token_ids(base)))
+    with pytest.raises(InputError, match="ties to the embedding"):
+        operate("adapter", "apply", [tied, head], out)
+    with pytest.raises(InputError, match="so does another adapter"):
+        operate("adapter", "apply", [base, head, saving(checkpoint, base, "lm_head", seed=5)], out)
+    both = saving(checkpoint, base, "model.embed_tokens", "lm_head")
+    with pytest.raises(InputError, match="head and embedding differ"):
+        operate("adapter", "apply", [tied, both], out)
+    with pytest.raises(InputError, match="is no tensor of"):
+        operate("adapter", "apply", [base, saving(checkpoint, base, "model.other")], out)
+    assert not out.exists()
 
 
 def test_an_adapter_of_another_base_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -5,7 +5,9 @@
 with every adapter's own scale by module. Sums are taken in float32 or wider and rounded once to the stored type,
 which is what is lost: the report has the relative rounding error of each matrix. Linear layers and the stacked
 experts of mixtures can be changed; layers of other kinds are refused. A bias of B is added to the layer's bias, and
-refused where it has none. The base is the first source, the adapters follow.
+refused where it has none. What an adapter saves in full (``modules_to_save``) takes the place of the base's tensor,
+cast to its type; two adapters that replace the same are refused, and so is a head of its own where the base's is tied
+to the embedding. The base is the first source, the adapters follow.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from ...errors import InputError
 from ...plan import Unit, copy_unit
 from ..adapters import _merge as common
 from ..base import Draft, Exactness, MethodInfo, option
+from ..models._merge import blocks_of
 
 if TYPE_CHECKING:
     from ...adapters.adapter import Adapter, Module
@@ -100,13 +103,27 @@ def plan(sources: Sequence[Any], options: Options) -> Draft:
                 + 16 * sum(module.down.count + module.up.count for _, module in held),
             )
         )
+    replaced = _replaced(base, adapters)
+    for tensor, (source, region, others) in replaced.items():
+        whole = base.whole(tensor)
+        units.append(
+            Unit(
+                f"saved.{tensor}",
+                "transform",
+                reads=tuple(placed(part, source) for part in (region, *others)),
+                writes=blocks_of(whole),
+                params={"saved": tensor},
+                memory=32 * max(block.count for block in blocks_of(whole)) + (1 << 20),
+            )
+        )
+        changed.add(tensor)
     moves, tensors = [], []
     for tensor in base.names():
         whole = base.whole(tensor)
         tensors.append(TensorSpec(tensor, base.dtype(tensor), whole.shape))
         if tensor not in changed:
             moves.append((whole, [whole]))
-        elif covered := _uncovered(whole, units):
+        elif tensor not in replaced and (covered := _uncovered(whole, units)):
             raise InputError(
                 f"{base.folder}: the adapters change a part of {tensor!r} only ({covered} elements are not theirs)",
                 hint="target both projections that share the tensor",
@@ -122,7 +139,10 @@ def transform(work: Work) -> dict[str, object]:
 
     from ...adapters.output import read_factors
 
-    params, name = work.params, work.params["module"]
+    params = work.params
+    if "saved" in params:
+        return _replace(work)
+    name = params["module"]
     adapters = work.sources[1:]
     held: list[Any] = [(i, a) for i, a in enumerate(adapters) if name in a.modules]  # type: ignore[attr-defined]
     factors = []
@@ -184,11 +204,60 @@ def _check(
             raise InputError(
                 f"{adapters[index - 1].folder}: module {name} adds a bias, and the base's layer has none"
             )
-        if adapters[index - 1].full:
+
+
+def _replaced(
+    base: Model, adapters: Sequence[Adapter]
+) -> dict[str, tuple[int, Region, list[Region]]]:
+    """Tensors of the base that adapters replace: the source, its tensor, and others that have to be equal to it.
+
+    Raises:
+        InputError: no tensor of the base, another shape, two adapters that replace one, or a tied head alone.
+    """
+    embedding, head = base.family.embedding, base.family.head
+    stored = set(base.names())
+    found: dict[str, tuple[int, Region, list[Region]]] = {}
+    for source, adapter in enumerate(adapters, start=1):
+        full = dict(adapter.full)
+        equal: list[Region] = []
+        if base.config.tied and head in full:
+            if embedding not in full:
+                raise InputError(
+                    f"{adapter.folder}: replaces the head, which {base.folder} ties to the embedding",
+                    hint="untie the base first, or load the adapter with PEFT",
+                )
+            equal.append(full.pop(head))
+        for name, region in full.items():
+            if name not in stored or base.whole(name).shape != region.shape:
+                raise InputError(
+                    f"{adapter.folder}: holds {name} of {list(region.shape)} in full, which is no tensor of "
+                    f"{base.folder}"
+                )
+            if name in found:
+                raise InputError(f"{adapter.folder}: replaces {name}, and so does another adapter")
+            found[name] = (source, region, equal if name == embedding else [])
+            if base.config.tied and name == embedding and head in stored:
+                found[head] = (source, region, [])
+    return found
+
+
+def _replace(work: Work) -> dict[str, object]:
+    """Put an adapter's tensor in the place of the base's."""
+    import torch
+
+    first, *others = work.unit.reads
+    for block in work.unit.writes:
+        mine, *same = (
+            work.read(dataclasses.replace(block, tensor=part.tensor, source=part.source))
+            for part in (first, *others)
+        )
+        if not all(torch.equal(mine, other) for other in same):
             raise InputError(
-                f"{adapters[index - 1].folder}: holds modules in full, which replace those of the base",
-                hint="load it with PEFT and merge there",
+                f"{work.sources[first.source].folder}: head and embedding differ, which the base ties to each other",
+                hint="untie the base first, or load the adapter with PEFT",
             )
+        work.write(block, mine)
+    return {}
 
 
 def _of_one_parameter(target: Target, adapter: Adapter, experts: dict[str, Target]) -> Target:
