@@ -119,7 +119,7 @@ class SharedOutput(nn.Module):
 
 
 class Delta(nn.Module):
-    """W_e = base + left_e right_e."""
+    """W_e = base + left_e right_e; what the base does to a token is computed once, not by each of its experts."""
 
     def __init__(self, experts: int, outputs: int, inputs: int, *, rank: int, **_: Any) -> None:
         super().__init__()
@@ -128,7 +128,8 @@ class Delta(nn.Module):
         self.right = nn.Parameter(torch.empty(experts, rank, inputs))
 
     def forward(self, x: torch.Tensor, expert: int) -> torch.Tensor:
-        return linear(x, self.base) + linear(linear(x, self.right[expert]), self.left[expert])
+        """What an expert adds to the base's outputs."""
+        return linear(linear(x, self.right[expert]), self.left[expert])
 
 
 class Bases(nn.Module):
@@ -217,15 +218,41 @@ class SharedExperts(nn.Module):
     ) -> torch.Tensor:
         output = torch.zeros_like(hidden_states)
         gate, up, down = (self._ready(part) for part in ("gate", "up", "down"))
+        bases = self._bases()
+        gates, ups = (
+            linear(hidden_states, bases[part]) if part in bases else None for part in ("gate", "up")
+        )
+        summed: Any = None
         for expert in torch.unique(index).tolist():
             if expert >= self.num_experts:
                 continue
             token, slot = torch.where(index == expert)
-            given = hidden_states[token]
-            hidden = self.act_fn(gate(given, expert)) * up(given, expert)
-            part = down(hidden, expert) * weights[token, slot, None]
+            given, weight = hidden_states[token], weights[token, slot, None]
+            gated, upped = gate(given, expert), up(given, expert)
+            if gates is not None:
+                gated = gated + gates[token]
+            if ups is not None:
+                upped = upped + ups[token]
+            hidden = self.act_fn(gated) * upped
+            if "down" in bases:
+                hidden = hidden * weight.to(hidden.dtype)
+                if summed is None:
+                    summed = hidden.new_zeros(len(hidden_states), hidden.shape[1])
+                summed.index_add_(0, token, hidden)
+                part = down(hidden, expert)
+            else:
+                part = down(hidden, expert) * weight
             output.index_add_(0, token, part.to(output.dtype))
-        return output
+        return output if summed is None else output + linear(summed, bases["down"])
+
+    def _bases(self) -> dict[str, torch.Tensor]:
+        """Of the projections that are a base and changes, the base."""
+        parts: Any = self._modules
+        return {
+            part: parts[part].base
+            for part in ("gate", "up", "down")
+            if isinstance(parts[part], Delta)
+        }
 
     def _ready(self, part: str) -> Any:
         """A projection to call with tokens and an expert, with what serves all experts worked out once."""
