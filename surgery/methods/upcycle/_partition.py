@@ -86,15 +86,15 @@ def memory(neurons: int, routed: int, hidden: int, by: str, tokens: int) -> int:
     """Bytes at the peak.
 
     Matrices as float32 with their selections; for clusters, points (rows of gate, or marks), distances and the
-    assignment's P x P cost in float64; by activity the sample twice in float64, marks as float32, and a block of
-    activations.
+    assignment's P x P cost in float64; by activity the sample twice in float64, marks as bool, float32 and float64,
+    and a block of activations.
     """
     held = 4 * 5 * neurons * hidden
     if by != "random":
         width = hidden if by == "kmeans" else 2
         held += 8 * (3 * routed * width + 2 * routed**2)
     if tokens:
-        held += tokens * (20 * hidden + (6 * neurons if by in ("coactivation", "cmoe") else 0))
+        held += tokens * (20 * hidden + (16 * neurons if by in ("coactivation", "cmoe") else 0))
         held += 4 * 3 * activity.BLOCK * neurons
     return held
 

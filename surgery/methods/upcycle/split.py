@@ -114,7 +114,7 @@ class Options(common.RoutedOptions):
         None, "neurons of a token that count as active; by default a tenth of all, for cmoe 10"
     )
     rows: int = option(4096, "tokens of the text whose activations decide")
-    ridge: float = option(1e-3, "pull of a fitted router's rows towards zero")
+    ridge: float = option(1e-2, "pull of a fitted router's rows towards zero")
 
 
 def plan(models: Sequence[Model], options: Options) -> Draft:
