@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 BLOCK = 1 << 18
 """Elements of each source that are held at a time: more would leave the processor's cache."""
+MOST = 1 << 22
+"""Elements near a cut that are held at most, as `selection` has it, which planning does not import."""
 WIDTHS = ("F16", "BF16", "F32", "F64")
 """Types from narrow to wide."""
 BASED = "a base model first, then one or more models fine-tuned from it"
@@ -130,6 +132,7 @@ def plan_merge(
     notes: Sequence[str],
     tensors: int = 4,
     matrices: Callable[[str], bool] | None = None,
+    cuts: bool = False,
 ) -> Draft:
     """One unit for every tensor, or for every expert if the method looks at matrices.
 
@@ -138,6 +141,7 @@ def plan_merge(
         params: of every unit.
         tensors: copies of one source's block that a unit holds beside a copy of every source's.
         matrices: for methods that need whole matrices: whether a tensor of two dimensions is one to them.
+        cuts: for methods that look for the largest of a tensor: they also hold what lies near the last of these.
     """
     first = models[0]
     names = names_of(first)
@@ -164,6 +168,8 @@ def plan_merge(
         matrix = matrices is not None and len(whole.shape) == 2 and matrices(name)
         writes = (whole,) if matrix else blocks_of(whole)
         largest = max(*(region.count for region in writes), min(whole.count, KEPT))
+        # A tenth of a tensor at most lies near; it is held of every source, and two copies more of one.
+        near = (len(models) + 2) * min(whole.count // 10, MOST) if cuts else 0
         units.append(
             Unit(
                 f"merge.{name}",
@@ -172,7 +178,7 @@ def plan_merge(
                 reads=tuple(replace(whole, source=source) for source in range(len(models))),
                 writes=writes,
                 params={**params, "matrix": matrix},
-                memory=8 * held * largest + (1 << 20),
+                memory=8 * (held * largest + near) + (1 << 20),
             )
         )
     config = dict(first.checkpoint.config)
@@ -186,7 +192,12 @@ def plan_merge(
 
 
 def plan_changes(
-    models: Sequence[Model], options: ChangeOptions, *, what: str, tensors: int = 4
+    models: Sequence[Model],
+    options: ChangeOptions,
+    *,
+    what: str,
+    tensors: int = 4,
+    cuts: bool = False,
 ) -> Draft:
     """The plan of a rule on changes that keeps a share ``density`` of them: base plus merged changes.
 
@@ -195,6 +206,7 @@ def plan_changes(
     Args:
         what: is done with the changes, for the promise about the output.
         tensors: copies of a block beside two of every source's.
+        cuts: see `plan_merge`.
 
     Raises:
         InputError: models that are not alike.
@@ -210,6 +222,7 @@ def plan_changes(
         exactness=Exactness("approximate", f"changes of fine-tunes are {what}"),
         notes=notes,
         tensors=2 * len(models) + tensors,
+        cuts=cuts,
     )
 
 

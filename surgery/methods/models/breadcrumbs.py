@@ -51,7 +51,7 @@ class Options(common.ChangeOptions):
 def plan(models: Sequence[Model], options: Options) -> Draft:
     """Every tensor as base plus the middle of the changes."""
     common.check_share("gamma", options.gamma, zero=True)
-    return common.plan_changes(models, options, what="trimmed and combined")
+    return common.plan_changes(models, options, what="trimmed and combined", cuts=True)
 
 
 def transform(work: Work) -> dict[str, object]:

@@ -54,6 +54,7 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
         exactness=Exactness("approximate", "changes of fine-tunes are selected and combined"),
         notes=notes,
         tensors=2 * len(models) + 4,
+        cuts=True,
     )
 
 

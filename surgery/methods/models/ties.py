@@ -54,7 +54,7 @@ class Options(common.ChangeOptions):
 
 def plan(models: Sequence[Model], options: Options) -> Draft:
     """Every tensor as base plus elected changes."""
-    return common.plan_changes(models, options, what="trimmed and combined")
+    return common.plan_changes(models, options, what="trimmed and combined", cuts=True)
 
 
 def decide_from_weights(
