@@ -16,6 +16,7 @@ import transformers
 # Imports of this form are those that transformers follows when it copies a folder's code.
 from .moesurg_bam import KEY as BAM
 from .moesurg_bam import apply as apply_bam
+from .moesurg_blocks import modernise
 from .moesurg_linears import KEY as LINEARS
 from .moesurg_linears import apply as apply_linears
 from .moesurg_lowrank_experts import KEY as LOWRANK_EXPERTS
@@ -66,6 +67,8 @@ def _config_class(stock: Any) -> type:
 def _model_class(stock: Any, config_class: type) -> type:
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         stock.__init__(self, config, *args, **kwargs)
+        if int(transformers.__version__.split(".")[0]) < 5:
+            modernise(getattr(self, "model", self))
         for key, apply in PARTS:
             if getattr(config, key, None):
                 # Not `base_model`, whose prefix some stock classes name after a model around them.
