@@ -293,7 +293,7 @@ def collect(
         if inputs or trace:
             collected.tensors.update(places(run.batches, sampled, trace=trace))
         for step in run.layers():
-            collector = _collector(step, mode=mode, gram=gram, trace=trace, sampled=sampled)
+            collector = collector_of(step, mode=mode, gram=gram, trace=trace, sampled=sampled)
             if collector is None:
                 step.advance()
             else:
@@ -312,9 +312,10 @@ def collect(
     return collected
 
 
-def _collector(
+def collector_of(
     step: Step, *, mode: Mode, gram: bool, trace: bool, sampled: NDArray[np.int64]
 ) -> LayerCollector | None:
+    """What adds up a mixture's statistics; None for a dense layer."""
     if step.layer.experts is None:
         return None
     run = step.run

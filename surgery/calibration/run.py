@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -92,7 +93,8 @@ def statistics_source(
                 "--sequential takes statistics behind the layers that it operates on, so that no folder holds them",
                 hint="give the text with --data, or nothing for the built-in text, instead of --calibration",
             )
-        return _Sequential(model, data, tokens, seq_len, mode, device, sample, operate, targets)
+        fresh = _Fresh(model, data, tokens, seq_len, mode, device, sample)
+        return fresh.behind(operate, targets)
     if mode in MODES:
         if calibration is not None:
             raise UsageError(
@@ -185,6 +187,7 @@ class _Fresh:
         self._mode = "all" if mode == "all-expert" else "routed"
         self._tokens, self._seq_len = tokens, seq_len
         self._corpus = read_corpus(data)
+        self._collector: Callable[..., Collected] | None = None
         self.identity: dict[str, Any] = {
             "text": {domain.name: domain.digest for domain in self._corpus.domains},
             "tokens": tokens,
@@ -207,7 +210,7 @@ class _Fresh:
             staging.path,
             progress,
             stop,
-            self._collector(),
+            self._collector,
             mode=self._mode,
             device=self._device,
             inputs=min(self._sample, sequences.total),
@@ -216,10 +219,15 @@ class _Fresh:
             staging.write_file(name, data)
         return Statistics.open(staging.path)
 
-    def _collector(self) -> Callable[..., Collected]:
-        from .collect import collect
+    def behind(
+        self, operate: Callable[[Layer, Statistics], tuple[Model, TensorReader]], targets: bool
+    ) -> _Fresh:
+        """The same, collected behind the layers that the run operates on and makes on the way."""
+        from .sequential import collect_sequential
 
-        return collect
+        self._collector = partial(collect_sequential, operate=operate, targets=targets)
+        self.identity["sequential"] = True
+        return self
 
     def check(self, model: Model, digests: Mapping[Path, str]) -> None:
         """They were collected from the weights being read."""
@@ -229,43 +237,18 @@ class _Fresh:
         return [*words, "--tokens", str(self._tokens), "--seq-len", str(self._seq_len)]
 
 
-class _Sequential(_Fresh):
-    """Statistics collected behind the layers that the run operates on, which it makes on the way."""
-
-    def __init__(
-        self,
-        model: Model,
-        data: Sequence[Path],
-        tokens: int,
-        seq_len: int,
-        mode: DataNeed,
-        device: str,
-        sample: int,
-        operate: Callable[[Layer, Statistics], tuple[Model, TensorReader]],
-        targets: bool,
-    ) -> None:
-        super().__init__(model, data, tokens, seq_len, mode, device, sample)
-        self._operate, self._targets = operate, targets
-        self.identity["sequential"] = True
-
-    def _collector(self) -> Callable[..., Collected]:
-        from functools import partial
-
-        from .sequential import collect_sequential
-
-        return partial(collect_sequential, operate=self._operate, targets=self._targets)
-
-
 def _collect(
     model: Model,
     sequences: Sequences,
     scratch: Path,
     progress: Progress,
     stop: Stop,
-    collect: Callable[..., Collected],
+    collector: Callable[..., Collected] | None = None,
     **options: Any,
 ) -> dict[str, bytes]:
     """Collect statistics and their model's digest; returns the folder's files."""
+    from .collect import collect
+
     digests = Digests(model.checkpoint.inputs)
     done = 0
 
@@ -278,7 +261,9 @@ def _collect(
         stop.check()
 
     with TensorReader(model.checkpoint) as reader:
-        collected = collect(model, reader, sequences, scratch=scratch, progress=report, **options)
+        collected = (collector or collect)(
+            model, reader, sequences, scratch=scratch, progress=report, **options
+        )
     digest = model_digest(model.checkpoint, digests.finish())
     return collected.files({"model_sha256": digest, "moesurg": __version__})
 
@@ -375,9 +360,7 @@ def calibrate(
         ) as staging,
     ):
         if not staging.complete:
-            from .collect import collect
-
-            files = _collect(model, sequences, staging.path, progress, stop, collect, **options)
+            files = _collect(model, sequences, staging.path, progress, stop, **options)
             for name, content in files.items():
                 staging.write_file(name, content)
             staging.commit()

@@ -24,7 +24,7 @@ from ..checkpoint.header import TensorInfo
 from ..checkpoint.reader import TensorReader
 from ..errors import MoesurgError
 from .blocks import recast
-from .collect import Collected, LayerCollector, Mode, Progress, manifest, places
+from .collect import Collected, Mode, Progress, collector_of, manifest, places
 from .forward import LayerStream, Step
 from .sequences import Batch, Sequences
 from .statistics import Statistics
@@ -110,22 +110,12 @@ def collect_sequential(
 
 def _observe(step: Step, mode: Mode, sampled: NDArray[np.int64]) -> Arrays:
     """The layer's statistics on the states before it, which stay."""
-    if step.layer.experts is None:
+    collector = collector_of(step, mode=mode, gram=False, trace=False, sampled=sampled)
+    if collector is None:
         raise MoesurgError(f"layer {step.index} has no experts")
-    run = step.run
-    collector = LayerCollector(
-        step.layer.experts,
-        step.index,
-        run.sequences,
-        run.stream.device,
-        mode=mode,
-        gram=False,
-        trace=False,
-        sampled=sampled,
-    )
     collector.attach(step.module)
     step.observe(collector.begin)
-    return collector.tensors(run.sequences)
+    return collector.tensors(step.run.sequences)
 
 
 def _target(step: Step, sampled: NDArray[np.int64]) -> NDArray[np.float32]:

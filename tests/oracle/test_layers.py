@@ -35,7 +35,7 @@ def decisions(folder: Path) -> dict[str, Any]:
 @pytest.fixture
 def kept_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
     """The statistics that a run from layer to layer took stay in its output."""
-    monkeypatch.setattr(calibration._Sequential, "files", ())
+    monkeypatch.setattr(calibration._Fresh, "files", ())
 
 
 def mixture_inputs(model: Any, layer: int, ids: torch.Tensor) -> torch.Tensor:
