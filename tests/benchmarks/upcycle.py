@@ -15,6 +15,7 @@ import argparse
 import shutil
 import tempfile
 from collections.abc import Sequence
+from multiprocessing import get_context
 from pathlib import Path
 
 from moesurg.surgery.operation import Request, run
@@ -34,9 +35,14 @@ def upcycle(method: str, sources: Sequence[Path], output: Path) -> None:
 
 def row(folder: Path, method: str, layers: int, runs: int, before: int) -> None:
     """Measure one method at one depth; the first, unmeasured run warms imports and page cache."""
-    sources = [
-        build(folder / f"{method}-{index}", layers, seed=index) for index in range(METHODS[method])
-    ]
+    sources = [folder / f"{method}-{index}" for index in range(METHODS[method])]
+    for seed, source in enumerate(sources):
+        # In a process of its own, so that what it leaves to the allocator is not held here.
+        maker = get_context("spawn").Process(
+            target=build, args=(source, layers), kwargs={"seed": seed}
+        )
+        maker.start()
+        maker.join()
     output, copied = folder / "output", folder / "copy"
     upcycle(method, sources, output)
     shutil.rmtree(output)
