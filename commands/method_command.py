@@ -7,6 +7,7 @@ that ``--help`` shows them and a misspelt one is named together with its method.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import difflib
 import os
 from collections.abc import Sequence
@@ -208,6 +209,9 @@ def _sources_and_needs(method: Method) -> str:
         "shifted": "the same, of the original and the compressed model together, from text",
     }[info.data]
     verb = "can use" if info.optional else "needs"
+    asked = [option.metadata["help"] for option in dataclasses.fields(method.options)]
+    if info.data == "none" and any({"text", "sampled"} & set(words.split()) for words in asked):
+        needs += " by default"
     kinds = [found.info.takes for found in methods.named(method.command, method.name)]
     others = "".join(
         f" Another method of this name takes {kind}: name one of them before --help to see its options."
