@@ -209,6 +209,16 @@ class Work:
         rows_ND, _ = self._runner.statistics.inputs(self.layer)
         return torch.from_numpy(rows_ND.copy())
 
+    def energies(self) -> torch.Tensor:
+        """Squared norms of the original hidden states after the layer, of the tokens of :meth:`inputs`: [N] float64.
+
+        Raises:
+            InputError: the statistics hold none.
+        """
+        import torch
+
+        return torch.from_numpy(self._runner.statistics.energies(self.layer).copy())
+
     def targets(self) -> torch.Tensor | None:
         """What the original model's mixture gives the tokens of :meth:`inputs`, [N, D] float64.
 

@@ -301,10 +301,7 @@ def collect(
                 step.advance(collector.begin)
                 collected.tensors.update(collector.tensors(sequences))
                 if inputs:
-                    after_ND = run.states.packed_TD[torch.from_numpy(sampled)]
-                    collected.tensors[f"energies.{step.index}"] = (
-                        after_ND.double().square().sum(-1).numpy()
-                    )
+                    collected.tensors[f"energies.{step.index}"] = energies(step, sampled)
             if progress is not None:
                 progress("layer", step.index + 1, last + 1)
             if step.index == last:  # what follows has no experts
@@ -329,6 +326,13 @@ def collector_of(
         trace=trace,
         sampled=sampled,
     )
+
+
+def energies(step: Step, sampled: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Squared norms of the hidden states after a layer, of the sampled tokens."""
+    after_ND = step.run.states.packed_TD[torch.from_numpy(sampled)]
+    found: NDArray[np.float64] = after_ND.double().square().sum(-1).numpy()
+    return found
 
 
 def places(

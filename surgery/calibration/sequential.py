@@ -24,7 +24,7 @@ from ..checkpoint.header import TensorInfo
 from ..checkpoint.reader import TensorReader
 from ..errors import MoesurgError
 from .blocks import recast
-from .collect import Collected, Mode, Progress, collector_of, manifest, places
+from .collect import Collected, Mode, Progress, collector_of, energies, manifest, places
 from .forward import LayerStream, Step
 from .sequences import Batch, Sequences
 from .statistics import Statistics
@@ -94,6 +94,7 @@ def collect_sequential(
                 arrays = _observe(step, mode, sampled)
                 if beside is not None:
                     arrays[f"targets.{step.index}"] = _target(beside, sampled)
+                    arrays[f"energies.{step.index}"] = energies(beside, sampled)
                 held = HeldStatistics(
                     model.folder, {**facts, "layers": [step.index]}, {**common, **arrays}
                 )

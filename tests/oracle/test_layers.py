@@ -15,6 +15,7 @@ from moesurg.surgery.calibration import run as calibration
 from moesurg.surgery.calibration.statistics import Statistics
 from moesurg.surgery.errors import InputError, UsageError
 from moesurg.surgery.executors.serial import SerialExecutor
+from moesurg.surgery.methods.experts._reconstruct import NewExpert, reconstruct
 from tests.faults.harness import digest
 from tests.oracle.helpers import custom, operate, stock, tensors
 from tests.oracle.test_reconstruct import block, rows_of, sampled, units
@@ -269,3 +270,43 @@ def test_no_folder_holds_what_lies_behind_new_layers(
     source = checkpoint("jetmoe")
     with pytest.raises(InputError, match="model code of its own"):
         operate("prune", "reap", source, tmp_path / "out", experts=4, sequential=True, **TEXT)
+
+
+def test_a_row_that_counts_twice_is_two_rows() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    rows, target = draw(40, 6), draw(40, 6).double()
+    gates = draw(40, 2).double().abs()
+    experts = [NewExpert(draw(4, 6), draw(4, 6), draw(6, 4)) for _ in range(2)]
+    given: dict[str, Any] = {"act": torch.nn.functional.silu, "sweeps": 2, "ridge": 0.1}
+    weights = torch.ones(40, dtype=torch.float64)
+    weights[:5] = 2
+    found, told = reconstruct(rows, target, gates, experts, weights_N=weights, **given)
+    twice = [torch.cat([part, part[:5]]) for part in (rows, target, gates)]
+    wanted, expected = reconstruct(*twice, experts, **given)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    assert told["error_after"] == pytest.approx(expected["error_after"], rel=1e-6)
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+@pytest.mark.usefixtures("kept_statistics")
+def test_rows_weighed_by_their_state_are_told_by_those_weights(
+    checkpoint: Checkpoint, tmp_path: Path, sequential: bool
+) -> None:
+    source, out = checkpoint("qwen3_moe"), tmp_path / "out"
+    given = {"reconstruct": True, "weigh": "state", "sample": 256, "sequential": sequential, **TEXT}
+    operate("prune", "reap", source, out, experts=4, **given)
+    statistics, original, new = Statistics.open(out), stock(source), stock(out)
+    for layer in range(3):
+        rows, target = rows_of(out, layer), statistics.targets(layer)
+        assert (target is not None) == sequential
+        wanted = block(original, layer, rows) if target is None else torch.from_numpy(target.copy())
+        weights = 1 / torch.from_numpy(statistics.energies(layer).copy())
+        lost = (block(new, layer, rows) - wanted).square().sum(1) * weights
+        error = float(lost.sum() / (wanted.double().square().sum(1) * weights).sum()) ** 0.5
+        told = units(out)[f"layer.{layer}.experts"]["reconstruction"]
+        assert error == pytest.approx(told["error_after"], rel=1e-4)

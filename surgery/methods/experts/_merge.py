@@ -19,7 +19,7 @@ from ..base import Draft, Exactness
 from ._average import average
 from ._function import activation, gates, require_plain, routed_output, stored
 from ._groups import Grouping, check
-from ._reconstruct import NewExpert, reconstruct, reconstruct_memory
+from ._reconstruct import NewExpert, reconstruct, reconstruct_memory, row_weights
 
 if TYPE_CHECKING:
     import torch
@@ -291,7 +291,13 @@ def _reconstructed(
         )
         merged.append(NewExpert(gate, up, sums["down"].float()))
     downs, metrics["reconstruction"] = reconstruct(
-        rows_ND, target_ND, gates_NS, merged, act, **work.params["reconstruct"]
+        rows_ND,
+        target_ND,
+        gates_NS,
+        merged,
+        act,
+        weights_N=row_weights(work),
+        **work.params["reconstruct"],
     )
     _write_routing(work, form, experts, grouping, kept)
     output = form.experts(experts)

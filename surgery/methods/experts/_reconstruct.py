@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     import torch
 
     from ...architectures.model import Experts
+    from ...execute import Work
     from ._function import Activation
 
 
@@ -42,6 +43,12 @@ class SolveOptions(LayerOptions):
     """The options of the solution; a method that always reconstructs inherits these alone."""
 
     sweeps: int = option(3, "passes over the experts of a layer in a reconstruction")
+    weigh: str = option(
+        "none",
+        "rows of a reconstruction count alike (none), or by the inverse squared norm of the hidden state after the "
+        "layer, so that tokens of huge norm do not decide alone (state)",
+        choices=("none", "state"),
+    )
     ridge: float = option(
         0.1,
         "pull of a reconstruction towards the weights that it starts from, in units of the mean diagonal",
@@ -69,7 +76,16 @@ def reconstruct_params(options: SolveOptions) -> dict[str, Any]:
         raise UsageError(f"--sweeps should be at least 1, is {options.sweeps}")
     if not options.ridge > 0:
         raise UsageError(f"--ridge should be more than 0, is {options.ridge:g}")
-    return {"reconstruct": {"sweeps": options.sweeps, "ridge": options.ridge}}
+    solve = {"sweeps": options.sweeps, "ridge": options.ridge}
+    return {"reconstruct": solve, "weigh": options.weigh}
+
+
+def row_weights(work: Work) -> torch.Tensor | None:
+    """How much each sampled row of the unit's layer counts, float64 [N] with mean 1; None for all alike."""
+    if work.params.get("weigh", "none") == "none":
+        return None
+    weights_N = 1.0 / work.energies().clamp_min(1e-300)
+    return weights_N / weights_N.mean()
 
 
 def reconstruct_memory(experts: Experts, count: int, sample: int) -> int:
@@ -103,6 +119,7 @@ def reconstruct(
     *,
     sweeps: int,
     ridge: float,
+    weights_N: torch.Tensor | None = None,
 ) -> tuple[list[torch.Tensor], dict[str, object]]:
     """Down projections of all experts of a layer.
 
@@ -114,6 +131,7 @@ def reconstruct(
         act: the gate's activation.
         sweeps: passes over the experts.
         ridge: in units of the mean diagonal of an expert's normal equations.
+        weights_N: how much each row's squared error counts; errors are told by the same weights.
 
     Returns:
         The down projections [D, F] in float64, and ``error_before`` and ``error_after`` (relative, Frobenius,
@@ -121,6 +139,9 @@ def reconstruct(
     """
     from ...linalg.least_squares import fit_change
 
+    if weights_N is not None:
+        # The output is linear in the coefficients, so a row's weight goes into them and into its target.
+        target_ND, gates_NS = (part * weights_N.sqrt()[:, None] for part in (target_ND, gates_NS))
     solved = [expert.down.double() for expert in experts]
     chosen = [gates_NS[:, slot].nonzero().flatten() for slot in range(len(experts))]
     norm = float(target_ND.norm())

@@ -28,6 +28,7 @@ from ..experts._reconstruct import (
     reconstruct,
     reconstruct_memory,
     reconstruct_params,
+    row_weights,
 )
 from ._keep import check_counts, groups_of
 
@@ -178,7 +179,13 @@ def reconstructed(work: Work, change: Change | None = None) -> dict[str, object]
         found.append(NewExpert(gate, up, work.read(places["down"]).float()))
     metrics = {} if change is None else change(work, experts, kept, sampled, found)
     downs, metrics["reconstruction"] = reconstruct(
-        rows_ND, target_ND, sampled.after_NS, found, act, **work.params["reconstruct"]
+        rows_ND,
+        target_ND,
+        sampled.after_NS,
+        found,
+        act,
+        weights_N=row_weights(work),
+        **work.params["reconstruct"],
     )
     _route(work, experts, form, kept)
     output = form.experts(experts)
