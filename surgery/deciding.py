@@ -27,12 +27,11 @@ from .errors import InputError, MoesurgError, UsageError
 from .linalg.allocation import allocate
 from .methods._layers import LayerOptions, layer_counts
 from .methods.base import Draft, Method
+from .progress import Silent
 from .rehearsal import Rehearsal
 from .weights import Weights
 
 if TYPE_CHECKING:
-    import torch
-
     from .calibration.statistics import Statistics
     from .checkpoint.reader import TensorReader
     from .plan import Plan
@@ -72,7 +71,7 @@ class Decider:
         self._method, self._sources, self._options, self._seed = method, sources, options, seed
         self._plan_of, self._progress, self._stop = plan_of, progress, stop
         self._rehearsals: dict[int, Rehearsal] = {}
-        self._wanted: dict[int, torch.Tensor] = {}
+        self._drafts: dict[int, Draft] = {}
 
     def __enter__(self) -> Decider:
         return self
@@ -112,7 +111,8 @@ class Decider:
     def layer(self, layer: Layer, count: int, statistics: Any) -> Any:
         """The decision of one layer that keeps ``count`` experts."""
         view, options = LayerView(self._model, layer), self._options.uniform(count)
-        return self._ask(view, options, statistics)[str(layer.index)]
+        # One of many layers and numbers: the stage that shows is that of all of them.
+        return self._ask(view, options, statistics, Silent())[str(layer.index)]
 
     @property
     def sequential(self) -> bool:
@@ -141,16 +141,24 @@ class Decider:
     ) -> tuple[Model, TensorReader]:
         """The output's model and a reader in which the layer is operated on, until another one is tried."""
         if count not in self._rehearsals:
-            options = self._options.uniform(count)
-            draft = self._method.plan(self._sources, options)
+            draft, options = self._draft(count), self._options.uniform(count)
             self._rehearsals[count] = Rehearsal(self._plan_of(draft, options), self._sources, draft)
         rehearsal = self._rehearsals[count]
         return rehearsal.model, rehearsal.layer(layer.index, decision, statistics)
 
-    def _ask(self, model: Any, options: Any, statistics: Any) -> dict[str, Any]:
+    def _draft(self, count: int) -> Draft:
+        """The plan of ``count`` experts in every layer, made once."""
+        if count not in self._drafts:
+            options = self._options.uniform(count)
+            self._drafts[count] = self._method.plan(self._sources, options)
+        return self._drafts[count]
+
+    def _ask(
+        self, model: Any, options: Any, statistics: Any, progress: Progress | None = None
+    ) -> dict[str, Any]:
         method = self._method
         if method.decide_from_weights is not None:
-            with Weights(self._sources, self._progress, self._stop) as weights:
+            with Weights(self._sources, progress or self._progress, self._stop) as weights:
                 return method.decide_from_weights(model, options, statistics, weights, self._seed)
         if method.decide is None:
             raise MoesurgError(f"method {method.name} decides nothing")
@@ -160,19 +168,16 @@ class Decider:
         layers = self._model.moe_layers
         tried = self._tried(options)
         self._progress.stage("trying numbers of experts", len(layers) * len(tried))
-        costs: dict[int, dict[int, float]] = {layer.index: {} for layer in layers}
-        decisions: dict[tuple[int, int], Any] = {}
+        costs: dict[int, dict[int, float]] = {}
+        decisions: dict[int, dict[int, Any]] = {}
         for layer in layers:
-            for count in tried:
-                self._stop.check()
-                decision = self.layer(layer, count, statistics)
-                costs[layer.index][count] = self._cost(layer, count, decision, statistics)
-                decisions[layer.index, count] = decision
-                self._progress.advance()
+            here = {count: self.layer(layer, count, statistics) for count in tried}
+            costs[layer.index] = self._costs(layer, here, statistics)
+            decisions[layer.index] = here
         chosen = allocate(costs, options.experts * len(layers))
         return {
             str(index): {
-                **decisions[index, count],
+                **decisions[index][count],
                 "experts": count,
                 "costs": {str(number): cost for number, cost in costs[index].items()},
             }
@@ -190,7 +195,7 @@ class Decider:
         found = []
         for count in range(options.experts % step or step, model.experts + 1, step):
             try:
-                self._method.plan(self._sources, options.uniform(count))
+                self._draft(count)
             except InputError:
                 continue
             found.append(count)
@@ -202,19 +207,25 @@ class Decider:
             )
         return found
 
-    def _cost(self, layer: Layer, count: int, decision: Any, statistics: Statistics) -> float:
+    def _costs(
+        self, layer: Layer, decisions: dict[int, Any], statistics: Statistics
+    ) -> dict[int, float]:
+        """The cost of every number of experts in a layer, each with its decision."""
         import torch
 
         from .methods.experts._function import mixture_output
 
         inputs_ND, _ = statistics.inputs(layer.index)
         rows_ND = torch.from_numpy(inputs_ND.copy())
+        energy_N = torch.from_numpy(statistics.energies(layer.index).copy()).clamp_min(1e-300)
+        found: dict[int, float] = {}
         with Weights(self._sources, self._progress, self._stop) as weights:
-            if layer.index not in self._wanted:
-                self._wanted = {layer.index: mixture_output(weights, self._model, layer, rows_ND)}
-            wanted_ND = self._wanted[layer.index]
-            model, reader = self.try_layer(layer, count, decision, statistics)
-            found_ND = mixture_output(reader, model, model.layers[layer.index], rows_ND)
-            energy_N = torch.from_numpy(statistics.energies(layer.index).copy())
-            lost_N = (found_ND - wanted_ND).square().sum(1)
-            return float((lost_N / energy_N.clamp_min(1e-300)).mean())
+            wanted_ND = mixture_output(weights, self._model, layer, rows_ND)
+            for count, decision in decisions.items():
+                self._stop.check()
+                model, reader = self.try_layer(layer, count, decision, statistics)
+                tried_ND = mixture_output(reader, model, model.layers[layer.index], rows_ND)
+                lost_N = (tried_ND - wanted_ND).square().sum(1)
+                found[count] = float((lost_N / energy_N).mean())
+                self._progress.advance()
+        return found
