@@ -20,7 +20,13 @@ from .executors.base import Executor, memory_budget
 from .executors.pool import PoolExecutor
 from .executors.serial import SerialExecutor
 from .methods.base import Draft, Method
-from .outputs import carried_from_all, config_bytes, output_record, sources_record
+from .outputs import (
+    carried_from_all,
+    config_bytes,
+    output_record,
+    sources_record,
+    write_archives,
+)
 from .plan import Plan, Unit, validate
 from .progress import Progress, Stop
 from .report import card, record
@@ -47,6 +53,7 @@ def plan_of(request: Request, sources: Sequence[Source], draft: Draft, options: 
         units=tuple(draft.units),
         max_shard_bytes=request.max_shard_bytes,
         format=draft.format,
+        archives=tuple(sorted(draft.archives.items())),
     )
 
 
@@ -60,7 +67,7 @@ def check_disk(output: Path, plan: Plan) -> None:
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
-    needed = plan.bytes + DISK_MARGIN
+    needed = plan.disk_bytes + DISK_MARGIN
     if free < needed:
         raise RefusedError(
             f"{place}: the output needs {needed:,} bytes, {free:,} are free",
@@ -232,7 +239,10 @@ class Job:
             return
         self.draft = draft
         self.plan = dataclasses.replace(
-            self.plan, tensors=tuple(draft.tensors), units=tuple(draft.units)
+            self.plan,
+            tensors=tuple(draft.tensors),
+            units=tuple(draft.units),
+            archives=tuple(sorted(draft.archives.items())),
         )
         validate(self.plan, [source.checkpoint for source in self.sources])
         if self.request.output is not None:
@@ -361,7 +371,8 @@ class Job:
             card.common_licence([source.folder for source in self.sources]),
             base=cast("str | None", self.draft.config.get("base_model_name_or_path")),
         )
-        report["output"] = output_record(self.plan, self.shards, hashes, small)
+        archives = write_archives(self.plan, staging, self.stop.check)
+        report["output"] = output_record(self.plan, self.shards, hashes, small, archives)
         for name, data in small.items():
             staging.write_file(name, data)
         staging.write_file("report.json", record.dump(report))

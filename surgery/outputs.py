@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from .checkpoint.commit import Staging
 from .checkpoint.formats import ADAPTER, FORMATS, format_of
 from .checkpoint.hub import PATTERNS
 from .checkpoint.layout import Shard
-from .checkpoint.reader import contained
+from .checkpoint.reader import contained, file_digest
+from .checkpoint.torch_archive import write_archive
 from .plan import Plan
 from .sources import Source
 
@@ -87,11 +89,40 @@ def sources_record(
     ]
 
 
+def write_archives(
+    plan: Plan, staging: Staging, between: Callable[[], None]
+) -> dict[str, dict[str, object]]:
+    """Write the planned files that hold a shard's tensors once more; a resumed run writes them again.
+
+    Args:
+        between: called after every piece; may raise to stop.
+
+    Returns:
+        SHA-256 and size of each, and the shard it was made of.
+    """
+    found: dict[str, dict[str, object]] = {}
+    for name, shard in plan.archives:
+        path = staging.place(name)
+        write_archive(staging.path / shard, path, between)
+        found[name] = {"sha256": file_digest(path), "bytes": path.stat().st_size, "of": shard}
+    return found
+
+
 def output_record(
-    plan: Plan, shards: Sequence[Shard], hashes: Mapping[str, str], small: Mapping[str, bytes]
+    plan: Plan,
+    shards: Sequence[Shard],
+    hashes: Mapping[str, str],
+    small: Mapping[str, bytes],
+    archives: Mapping[str, dict[str, object]],
 ) -> dict[str, Any]:
-    """What the report says of the output, itself excepted."""
-    files = {shard.file: {"sha256": hashes[shard.file], "bytes": shard.size} for shard in shards}
+    """What the report says of the output, itself excepted.
+
+    Of an archive, ``of`` names the shard whose tensors it holds as well.
+    """
+    files: dict[str, dict[str, object]] = {
+        shard.file: {"sha256": hashes[shard.file], "bytes": shard.size} for shard in shards
+    }
     for name, data in small.items():
         files[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    files |= archives
     return {"files": files, "tensors": len(plan.tensors), "bytes": plan.bytes}

@@ -15,6 +15,7 @@ from .checkpoint.formats import FORMATS, MODEL
 from .checkpoint.layout import Shard, TensorSpec, index_json, lay_out
 from .checkpoint.reader import Checkpoint
 from .checkpoint.region import Region
+from .checkpoint.torch_archive import most_bytes
 from .errors import InputError, MoesurgError
 
 Kind = Literal["copy", "transform"]
@@ -119,6 +120,8 @@ class Plan:
         max_shard_bytes: how shards are cut.
         statistics: folder of the statistics, relative to the staging folder or absolute; empty for none.
         format: name of the output's format.
+        archives: files of the output made after the units, each with the tensors of one of its shards in the format
+            that torch loads: (file, shard), both by their names in the output.
     """
 
     command: str
@@ -131,6 +134,17 @@ class Plan:
     max_shard_bytes: int
     statistics: str = ""
     format: str = MODEL.name
+    archives: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes that the tensors need on the disk, those that are stored twice counted twice; an upper bound."""
+        if not self.archives:
+            return self.bytes
+        specs = {spec.name: spec for spec in self.tensors}
+        shards = {shard.file: shard for shard in self.shards}
+        twice = [specs[name] for _, shard in self.archives for name in shards[shard].begin]
+        return self.bytes + most_bytes(twice)
 
     @property
     def bytes(self) -> int:
@@ -214,6 +228,7 @@ class Plan:
             "max_shard_bytes": self.max_shard_bytes,
             "statistics": self.statistics,
             "format": self.format,
+            "archives": [list(pair) for pair in self.archives],
             "tensors": [[spec.name, spec.dtype, list(spec.shape)] for spec in self.tensors],
             "units": [unit.to_json() for unit in self.units],
         }
@@ -235,6 +250,7 @@ class Plan:
             max_shard_bytes=data["max_shard_bytes"],
             statistics=data["statistics"],
             format=data["format"],
+            archives=tuple((file, shard) for file, shard in data["archives"]),
         )
 
 
@@ -252,6 +268,11 @@ def validate(plan: Plan, checkpoints: Sequence[Checkpoint]) -> None:
         raise MoesurgError("the plan names an output tensor twice")
     if len({unit.id for unit in plan.units}) != len(plan.units):
         raise MoesurgError("the plan names a unit twice")
+    if plan.archives:
+        files = {shard.file for shard in plan.shards}
+        for file, shard in plan.archives:
+            if shard not in files or file in files:
+                raise MoesurgError(f"the plan makes {file} of {shard}, which is no shard")
     covered: dict[str, list[Region]] = {}
     for unit in plan.units:
         for region in unit.read_regions():

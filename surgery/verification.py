@@ -13,6 +13,7 @@ from .checkpoint.formats import ADAPTER, PACK, SHELF, format_of
 from .checkpoint.header import read_json
 from .checkpoint.hub import resolve
 from .checkpoint.reader import Checkpoint, TensorReader, contained, file_digest, open_checkpoint
+from .checkpoint.torch_archive import difference
 from .errors import InputError, MoesurgError, VerificationError
 from .executors.base import memory_budget
 from .packs import Pack
@@ -66,7 +67,21 @@ def verify(
             _weights(checkpoint, progress)
     except InputError as error:
         raise VerificationError(error.message, hint=error.hint) from error
-    if not members:
+    custom = not members and report["tier"] == "custom"
+    for name, entry in sorted(report["output"]["files"].items()):
+        if "of" not in entry:
+            continue
+        archive, shard = _member_file(path, name), _member_file(path, entry["of"])
+        if (found := difference(shard, archive)) is not None:
+            raise VerificationError(f"{archive}: does not hold what {entry['of']} holds: {found}")
+    if not members and not custom:
+        loaded = "not tried: shelf.json names a loader of its own"
+        exactness = dict(report["exactness"]) | {
+            "measured": _largest(report, "error"),
+            "measure": "largest relative distance of a module's change from the one it stands for",
+            "reference": None,
+        }
+    if custom:
         against = _source(report, reference)
         loaded, exactness = verify_custom(checkpoints[0], report, against, device, progress)
     kinds: list[str] = []

@@ -144,9 +144,13 @@ class Staging:
 
     def write_file(self, name: str, data: bytes) -> None:
         """Create or replace a small file of the output (or the private ``plan.json``)."""
-        path = self.path / _plain(name, private=frozenset({JOURNAL}))
+        fs.write_file(self.place(name, private=frozenset({JOURNAL})), data)
+
+    def place(self, name: str, *, private: frozenset[str] = PRIVATE) -> Path:
+        """Where a file of the output is to be written; its folder is there afterwards."""
+        path = self.path / _plain(name, private=private)
         fs.ensure_dir(path.parent)
-        fs.write_file(path, data)
+        return path
 
     def copy_file(self, source: Path, name: str) -> None:
         """Copy a file of an input into the output."""

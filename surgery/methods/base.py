@@ -103,6 +103,8 @@ class Draft:
         files: further small files of the output by name, such as model code.
         results: further small files by name that need the units' metrics, each made of (units, metrics by unit).
         format: what the output is.
+        archives: files of the output by name that hold the tensors of one of its shards once more, in the format that
+            torch loads: the shard's name.
         data: statistics that these options need, where they need others than ``MethodInfo.data`` says.
     """
 
@@ -119,6 +121,7 @@ class Draft:
         default_factory=dict
     )
     format: FormatName = "model"
+    archives: Mapping[str, str] = field(default_factory=dict)
     data: DataNeed | None = None
 
 

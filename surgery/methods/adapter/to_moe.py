@@ -1,4 +1,4 @@
-"""Make adapters into the experts of a mixture of LoRAs that PEFT runs: Arrow, or an X-LoRA scaffold.
+"""Make adapters into the experts of a mixture of LoRAs: Arrow, or an X-LoRA or MixLoRA scaffold.
 
 ``--form arrow`` routes without training:
 
@@ -19,12 +19,25 @@ mixture is the mean of its experts. Its folder holds config and tensors under th
 has the call, because PEFT wants the experts' paths and, as keys, their numbers. (PEFT 0.21 leaves the classifier out
 when it saves such a model, so whoever trains one has to save its state himself.)
 
-In both PEFT wants the experts as plain linear layers. Arrow wants the same rank and modules everywhere: experts are
-padded with zero ranks to the largest rank, and a module that an expert lacks becomes zeros there. Scales are folded
-in, so that the mixture of experts trained with different alphas is what each was trained as. The output has a folder
-for each expert.
+Both are run by PEFT, which wants the experts as plain linear layers. Arrow wants the same rank and modules everywhere:
+experts are padded with zero ranks to the largest rank, and a module that an expert lacks becomes zeros there. Scales
+are folded in, so that the mixture of experts trained with different alphas is what each was trained as. The output has
+a folder for each expert.
 
-MixLoRA (arXiv:2404.15159) is left out: its loader reads its adapters from a pickle only, which is never written here.
+``--form mixlora`` is an untrained scaffold too, for the loader of PyPI's ``mixlora`` (Li et al., arXiv:2404.15159):
+
+    p = softmax(W h),   output: sum over the top k of p_e / (their sum) FFN_e(h),   FFN_e with adapter e's own changes
+
+h is what the feed-forward is given. Adapters become experts of every layer's feed-forward; where an adapter lacks a
+layer, its expert is the base there. All LoRAs have one rank and a scale of 1: scales are folded in, ranks padded with
+ranks that contribute nothing and can be trained (A as LoRA begins, B zero). Routers W are normal with a standard
+deviation of 0.02, as MixLoRA begins: with zeros every token would go to the same experts. Attention has one LoRA a
+projection whatever the router says: the mean of the adapters' changes (an adapter that lacks it counts as zero),
+truncated to the rank by SVD, with its error in the report; ``--rank`` of the sum of all ranks makes it exact, and
+``--attention drop`` leaves attention to the base. The loader finds fault with a dropout of 0 and never turns dropout
+off in experts, so the config says 1e-20, which rounds to none. It ignores ``expert_lora``, so there is none. It does
+not take the activation from the base, so that is written (``--act-fn``). It looks for a router in every layer of the
+base. Tensors are written twice, as safetensors and in the format of torch.save, which the loader reads.
 """
 
 from __future__ import annotations
@@ -43,6 +56,7 @@ from ...errors import InputError, UsageError
 from ...outputs import config_bytes
 from ...plan import Unit
 from ..base import Draft, Exactness, MethodInfo, option
+from . import _mixlora
 from . import _shelf as shelf
 
 if TYPE_CHECKING:
@@ -50,7 +64,7 @@ if TYPE_CHECKING:
     from ...execute import Work
 
 INFO = MethodInfo(
-    summary="make adapters into an Arrow mixture, routed without training, or an untrained X-LoRA",
+    summary="make adapters into an Arrow mixture, routed without training, or an untrained X-LoRA or MixLoRA",
     paper="arXiv:2405.11157",
     inputs="two or more LoRA adapters of one base",
     data="none",
@@ -61,6 +75,13 @@ INFO = MethodInfo(
 READERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 """Layers of decoder blocks that read hidden states, as most families call them."""
 
+OWN = {
+    "arrow": (),
+    "x-lora": ("hidden_size",),
+    "mixlora": ("attention", "rank", "layers", "act_fn"),
+}
+"""Forms, and the options that are theirs alone."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
@@ -68,16 +89,32 @@ class Options:
 
     form: str = option(
         "arrow",
-        "mixture: Arrow, or X-LoRA with a classifier that has to be trained",
-        choices=("arrow", "x-lora"),
+        "mixture: Arrow, or X-LoRA or MixLoRA with routers that have to be trained",
+        choices=tuple(OWN),
     )
     top_k: int | None = option(
-        None, "experts that a token uses; Arrow 3 by default, X-LoRA all of them"
+        None, "experts that a token uses; Arrow 3 by default, MixLoRA 2, X-LoRA all of them"
     )
-    temperature: float = option(1.0, "temperature of the softmax over scores")
+    temperature: float = option(1.0, "temperature of the softmax over scores; not of MixLoRA")
     hidden_size: int | None = option(
         None,
         "width of the base's hidden states, for X-LoRA; by default what query, gate and up projections take",
+    )
+    attention: str | None = option(
+        None,
+        "what MixLoRA's single LoRAs of attention are: the mean of all adapters by default, or none",
+        choices=("mean", "drop"),
+    )
+    rank: int | None = option(
+        None, "rank of all of MixLoRA's LoRAs; by default the largest of the adapters"
+    )
+    layers: int | None = option(
+        None, "decoder layers of the base, for MixLoRA; by default those that adapters change"
+    )
+    act_fn: str | None = option(
+        None,
+        "activation of the base's feed-forwards, for MixLoRA, where names of modules do not tell it",
+        choices=("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu"),
     )
 
 
@@ -94,8 +131,7 @@ def plan(adapters: Sequence[Adapter], options: Options) -> Draft:
         raise UsageError(f"--top-k {options.top_k} should be at least 1")
     if not options.temperature > 0:
         raise UsageError(f"--temperature {options.temperature} should be above 0")
-    if options.hidden_size is not None and (options.form == "arrow" or options.hidden_size < 1):
-        raise UsageError("--hidden-size should be at least 1, and is for --form x-lora")
+    _check_own(options)
     check_agreement(adapters)
     for adapter in adapters:
         for module in adapter.modules.values():
@@ -105,6 +141,8 @@ def plan(adapters: Sequence[Adapter], options: Options) -> Draft:
                 )
         if adapter.full:
             raise InputError(f"{adapter.folder}: modules_to_save cannot be routed over")
+    if options.form == "mixlora":
+        return _mixlora.plan(adapters, options)
     rank = max(module.rank for adapter in adapters for module in adapter.modules.values())
     names = _names(adapters)
     rows = aligned(adapters)
@@ -174,6 +212,28 @@ def plan(adapters: Sequence[Adapter], options: Options) -> Draft:
         files=files,
         format="adapters",
     )
+
+
+def _check_own(options: Options) -> None:
+    """Refuse options of another form, and those out of range.
+
+    Raises:
+        UsageError: naming the option.
+    """
+    for form, names in OWN.items():
+        for name in names:
+            value = getattr(options, name)
+            if value is None:
+                continue
+            flag = "--" + name.replace("_", "-")
+            if options.form != form:
+                raise UsageError(
+                    f"{flag} is for --form {form}, which is --form {options.form} here"
+                )
+            if isinstance(value, int) and value < 1:
+                raise UsageError(f"{flag} {value} should be at least 1")
+    if options.form == "mixlora" and options.temperature != 1:
+        raise UsageError("--temperature is not for --form mixlora, whose softmax has none")
 
 
 def _arrow(options: Options, names: Sequence[str]) -> dict[str, str]:
@@ -250,6 +310,8 @@ def transform(work: Work) -> dict[str, object]:
     from ...linalg.factors import svd
 
     params = work.params
+    if "gate" in params or "part" in params:
+        return _mixlora.transform(work)
     if "zeros" in params:
         for region in work.unit.writes:
             work.write(region, torch.zeros(region.shape))
