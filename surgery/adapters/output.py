@@ -5,7 +5,6 @@ Scales are folded into the factors, so that the written adapter's own scale is 1
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -168,23 +167,28 @@ def config_of(
 
 
 def read_factors(
-    work: Work, module: Module, *, source: int, layout: str = "peft"
+    work: Work, module: Module, *, source: int, layout: str = "peft", balanced: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Factors with the scale folded in: B A is the change of the weight.
 
     Args:
         source: which of the run's sources holds the module.
         layout: of stacked experts' second factor.
+        balanced: whether both factors take a share of the scale; else B takes it all, so that A stays as stored, and
+            so does B but for its exponents where the scale is a power of two.
 
     Returns:
-        A [E, r, n] and B [E, m, r], float64, each times the square root of |scale|; A carries its sign.
+        A [E, r, n] and B [E, m, r], float64; balanced, each times the square root of |scale|, and A carries its sign.
     """
     from . import packing
 
     down, up = (work.read(placed(region, source)).double() for region in (module.down, module.up))
+    down_ERN = packing.unpack_down(down, module.experts)
+    up_EMR = packing.unpack_up(up, module.experts, layout)
+    if not balanced:
+        return down_ERN, up_EMR * module.scale
     root = math.sqrt(abs(module.scale))
-    down_ERN = packing.unpack_down(down, module.experts) * math.copysign(root, module.scale)
-    return down_ERN, packing.unpack_up(up, module.experts, layout) * root
+    return down_ERN * math.copysign(root, module.scale), up_EMR * root
 
 
 def write_factors(
@@ -199,7 +203,7 @@ def write_factors(
 
 def placed(region: Region, source: int) -> Region:
     """The region in one of several sources."""
-    return dataclasses.replace(region, source=source)
+    return Region(region.tensor, region.shape, region.offset, region.strides, source)
 
 
 def layout_of(adapter: Adapter, chosen: str | None) -> str:

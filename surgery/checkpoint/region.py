@@ -7,8 +7,10 @@ a logical matrix lies by element offset and strides, so that methods see one sha
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 
+@lru_cache(1024)
 def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The strides, in elements, of a contiguous tensor."""
     strides: list[int] = []

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     # The type stubs know arrays as buffers only from Python 3.12 on.
     Data = Buffer | NDArray[Any]
 
+WRITEBACK = 1 << 20
+"""Bytes written one after the other for which the disk is asked at once: each time costs as much as a small write."""
 HASH_BYTES = 4 << 20
 """Bytes read back at a time for the hashes: all the memory that a `Hasher` needs."""
 
@@ -46,6 +48,7 @@ class ShardWriter:
         self._home = {name: shard for shard in shards for name in shard.begin}
         self._fds: dict[str, int] = {}
         self._dirty: set[str] = set()
+        self._unasked: dict[str, tuple[int, int]] = {}
         self._guard = threading.Lock()
         try:
             for shard in shards:
@@ -161,10 +164,26 @@ class ShardWriter:
             fd = self._descriptor(file)
         for at, piece in pieces:
             fs.pwrite(fd, piece, at, self.folder / file)
-            fs.start_writeback(fd, at, len(piece))
+            self._ask(file, fd, at, at + len(piece))
         # Only now: marked before, a sync in between would take the mark away without the bytes.
         with self._guard:
             self._dirty.add(file)
+
+    def _ask(self, file: str, fd: int, begin: int, end: int) -> None:
+        """Have a range written to the disk meanwhile, together with what was written just before it."""
+        ranges = []
+        with self._guard:
+            start, stop = self._unasked.get(file, (begin, begin))
+            if stop != begin:
+                ranges.append((start, stop))
+                start = begin
+            if end - start >= WRITEBACK:
+                ranges.append((start, end))
+                start = end
+            self._unasked[file] = start, end
+        for first, last in ranges:
+            if first < last:  # a length of zero would mean all the rest of the file
+                fs.start_writeback(fd, first, last - first)
 
 
 class Hasher:

@@ -13,6 +13,8 @@ Factors = tuple[torch.Tensor, torch.Tensor]
 """A [E, r, n] and B [E, m, r]."""
 CANCELLED = 1e-6
 """Part of the square of the sum of all ranks' norms below which a squared norm from Gram matrices has lost digits."""
+DEAD = 1e-12
+"""Part of the largest rank's norm up to which a rank counts as contributing nothing."""
 
 
 def inner(first: Factors, second: Factors) -> torch.Tensor:
@@ -73,9 +75,9 @@ def rounding_error(found: Factors, rounded: Factors, size: float | None = None) 
 
 
 def dead(factors: Factors) -> int:
-    """How many ranks contribute nothing: ‖a_j‖ ‖b_j‖ at most 1e-12 of the largest of their matrix."""
+    """How many ranks contribute nothing: ‖a_j‖ ‖b_j‖ at most `DEAD` of the largest of their matrix."""
     sizes = _sizes(factors)
-    return int((sizes <= 1e-12 * sizes.amax(dim=-1, keepdim=True)).sum())
+    return int((sizes <= DEAD * sizes.amax(dim=-1, keepdim=True)).sum())
 
 
 def norm(factors: Factors) -> float:

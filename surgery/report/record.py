@@ -25,6 +25,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib import metadata
 from typing import Any
 
@@ -41,12 +42,16 @@ LIBRARIES = ("torch", "transformers", "safetensors", "numpy", "scipy", "scikit-l
 def libraries() -> dict[str, str]:
     """Versions of what computes the output, without importing any of it."""
     found = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    return found | {name: version for name in LIBRARIES if (version := _version(name))}
+
+
+@cache
+def _version(name: str) -> str | None:
+    """Of an installed distribution; looking it up takes milliseconds."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def self_digest(record: Mapping[str, Any]) -> str:

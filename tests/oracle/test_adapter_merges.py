@@ -104,10 +104,14 @@ def test_angles_and_dead_ranks() -> None:
     one, other = (up[0] @ down[0] for down, up in (first, second))
     expected = float((one * other).sum() / one.norm() / other.norm())
     torch.testing.assert_close(found, torch.tensor([[1.0, expected], [expected, 1.0]]))
+    positive = torch.tensor(Stack([first, second], [1.0, 2.0]).cosines())
+    torch.testing.assert_close(positive, found)
     zero = (first[0] * 0, first[1])
     assert Stack([first, zero], [1.0, 0.0]).cosines()[0][1] == 0.0
     second[1][0, :, 2] *= 1e-14
-    assert (products.dead(second), products.dead(first), products.dead(zero)) == (1, 0, 3)
+    several = (second, first, zero)
+    assert [products.dead(pair) for pair in several] == [1, 0, 3]
+    assert Stack(several, [1.0, -2.0, 3.0]).dead() == Stack(several, [1.0, 0.0, 1.0]).dead() == 4
 
 
 @pytest.mark.parametrize("case", ["plain", "equal", "cancelled", "wide"])
@@ -128,6 +132,26 @@ def test_a_stack_measures_what_its_total_is(case: str) -> None:
     shares = shares / shares.sum()
     expected = float(torch.special.entr(shares).sum().exp())
     assert stack.effective_rank() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("case", ["plain", "cancelled", "tiny", "half", "kept"])
+def test_a_stack_measures_what_a_cast_takes_from_it(case: str) -> None:
+    """Also where ranks cancel, where squares leave the range of float32, and where only one factor is rounded."""
+    several = [(down[None], up[None]) for down, up in pairs(ranks=(3, 4), m=40, n=30)]
+    weights = [0.5, -2.0]
+    if case == "cancelled":
+        several, weights = [several[0], several[0]], [1.0, 1e-6 - 1.0]
+    elif case == "tiny":
+        several = [(down * 1e-20, up * 1e-12) for down, up in several]
+    stack = Stack(several, weights)
+    kind = torch.bfloat16 if case == "half" else torch.float32
+    down, up = stack.total
+    rounded = (down if case == "kept" else down.to(kind), up.to(kind))
+    exact = up[0] @ down[0]
+    lost = rounded[1][0].double() @ rounded[0][0].double() - exact
+    expected = float(lost.norm() / exact.norm())
+    assert stack.rounding_error(rounded) == pytest.approx(expected, rel=1e-5)
+    assert Stack(several, weights).rounding_error(stack.total) == 0.0
 
 
 def test_truncation_is_optimal() -> None:
@@ -319,6 +343,31 @@ def test_sums_are_sums(method: str, checkpoint: Checkpoint, tmp_path: Path) -> N
     folders, weights = shelf(checkpoint), [0.5, -2.0, 1.25]
     operate("merge", method, folders, tmp_path / "out", weights="0.5,-2,1.25", **EXACT_SUMS[method])
     assert distance(changes(tmp_path / "out"), summed(folders, weights)) < 1e-4
+
+
+def test_a_sum_loses_nothing_where_scales_are_powers_of_two(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """In half precision, where a root of two on both factors would round every number."""
+    folders = []
+    for index, (rank, alpha) in enumerate([(2, 4), (4, 2)]):
+        source = checkpoint("adapter", seed=index, rank=rank, alpha=alpha)
+        folder = tmp_path / f"half-{index}"
+        folder.mkdir()
+        stored = load_file(source / "adapter_model.safetensors")
+        halved = {name: value.bfloat16() for name, value in stored.items()}
+        save_file(halved, folder / "adapter_model.safetensors")
+        (folder / "adapter_config.json").write_bytes((source / "adapter_config.json").read_bytes())
+        folders.append(folder)
+    operate("merge", "cat", folders, tmp_path / "out", weights="-4,0.5")
+    exact = summed(folders, [-4.0, 0.5])
+    for name, change in changes(tmp_path / "out").items():
+        torch.testing.assert_close(change, exact[name], rtol=1e-14, atol=1e-14)
+    units = json.loads((tmp_path / "out" / "report.json").read_text())["units"]
+    assert {unit["stored_error"] for unit in units.values()} == {0.0}
+    operate("merge", "cat", folders, tmp_path / "rounded", weights="3,0.5")
+    units = json.loads((tmp_path / "rounded" / "report.json").read_text())["units"]
+    assert all(1e-4 < unit["stored_error"] < 1e-2 for unit in units.values())
 
 
 def test_a_sweep_of_stacked_adapters(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -15,10 +15,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from moesurg.surgery.architectures.model import Model
+from moesurg.surgery.checkpoint.finite import first_non_finite
 from moesurg.surgery.checkpoint.formats import MODEL
 from moesurg.surgery.checkpoint.header import LFS_MAGIC, MAX_HEADER_BYTES, parse_json, read_header
 from moesurg.surgery.checkpoint.reader import (
@@ -500,6 +502,35 @@ def test_a_weight_that_is_not_finite_is_named_as_it_is_read(
         reader.read(Region(EXPERT, (2, 32)))  # the rows before it are fine
         with pytest.raises(InputError, match=f"element {2 * 32 + 5} of"):
             reader.read(Region(EXPERT, (2, 32), offset=64))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind"), [("F16", torch.float16), ("BF16", torch.bfloat16), ("F32", torch.float32)]
+)
+def test_the_scan_finds_exactly_what_is_not_finite(dtype: str, kind: torch.dtype) -> None:
+    """Every number of sixteen bits; of 32 bits those with every sign, exponent and end of a mantissa."""
+    high = torch.arange(1 << 16)
+    if kind == torch.float32:
+        bits = torch.cat([(high << 16) | low for low in (0, 1, 0xFFFF)])
+        values = bits.to(torch.int32).view(kind)
+    else:
+        values = high.to(torch.int16).view(kind)
+    data = values.view(torch.uint8).numpy().tobytes()
+    width = values.element_size()
+    found, start = [], 0
+    while (bad := first_non_finite(data[start * width :], dtype)) is not None:
+        found.append(start + bad)
+        start += bad + 1
+        if len(found) == 300:
+            break
+    assert found == torch.nonzero(~values.isfinite()).flatten()[: len(found)].tolist()
+    assert found
+    good = values[values.isfinite()].view(torch.uint8).numpy().tobytes()
+    assert first_non_finite(good, dtype) is None
+    assert all(
+        first_non_finite(value.view(torch.uint8).numpy().tobytes(), dtype) == 0
+        for value in values[~values.isfinite()].split(1)
+    )
 
 
 def test_reading_equals_the_reference_library(model_folder: Path) -> None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from moesurg.surgery.checkpoint import dtypes, layout
+from moesurg.surgery.checkpoint import writer as writer_module
 from moesurg.surgery.checkpoint.layout import Shard, TensorSpec, index_json, lay_out
 from moesurg.surgery.checkpoint.writer import Hasher, ShardWriter
 from moesurg.surgery.errors import InputError, RefusedError, UsageError
@@ -291,3 +292,25 @@ def test_hasher_reports_what_went_wrong(tmp_path: Path) -> None:
             hasher.finish()
     with Hasher(tmp_path, shards):
         pass  # left without finish: the thread ends all the same
+
+
+def test_the_disk_is_asked_early_for_all_but_the_last_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small writes are asked for together, wherever they lie, and never a length of zero, which means all the rest."""
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        writer_module.fs,
+        "start_writeback",
+        lambda _, offset, length: asked.append((offset, offset + length)),
+    )
+    size = writer_module.WRITEBACK // 4
+    spec = TensorSpec("w", "U8", (16 * size,))
+    shards = lay_out([spec])
+    with ShardWriter(tmp_path, shards, create=True) as writer:
+        for block in (0, 1, 2, 3, 4, 8, 9, 5):
+            writer.write("w", bytes(size), offset=block * size)
+        writer.write("w", bytes(4 * size), offset=12 * size)
+    begin = shards[0].begin["w"]
+    blocks = [((first - begin) / size, (last - begin) / size) for first, last in asked]
+    assert blocks == [(0, 4), (4, 5), (8, 10), (5, 6), (12, 16)]

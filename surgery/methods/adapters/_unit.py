@@ -52,8 +52,8 @@ class Loaded:
         return Stack(self.factors, self.weights)
 
 
-def load(work: Work) -> Loaded:
-    """Read a unit's factors."""
+def load(work: Work, *, balanced: bool = True) -> Loaded:
+    """Read a unit's factors, with the scales folded in as `read_factors` does."""
     name, adapters = work.params["module"], work.adapters
     held = [
         (index, adapter.modules[name])
@@ -63,7 +63,7 @@ def load(work: Work) -> Loaded:
     factors, biases = [], []
     for index, module in held:
         layout = work.params["layouts"][index]
-        factors.append(read_factors(work, module, source=index, layout=layout))
+        factors.append(read_factors(work, module, source=index, layout=layout, balanced=balanced))
         bias = None
         if module.bias is not None:
             bias = work.read(placed(module.bias, index)).double() * module.scale
@@ -90,34 +90,41 @@ def save(
         of each pair that has the module; and where an adapter lacks it ``contributors``, the positions of the others.
     """
     from ...adapters import packing
-    from ...checkpoint.dtypes import torch_dtype
     from ...linalg import factors
 
     plan = Written(loaded.module, work.params["rank"], "", bias is not None)
-    rank, total = down_ERN.shape[1], loaded.stack.total
-    exact = down_ERN is total[0] and up_EMR is total[1]
+    stack, experts, rank = loaded.stack, loaded.module.experts, down_ERN.shape[1]
+    summed = down_ERN is stack.total[0] and up_EMR is stack.total[1]
     down_ERN, up_EMR = padded(down_ERN, plan.rank, 1), padded(up_EMR, plan.rank, 2)
-    work.write(plan.down, packing.pack_down(down_ERN, plan.down.shape))
-    work.write(plan.up, packing.pack_up(up_EMR, plan.up.shape))
+    down = work.write(plan.down, packing.pack_down(down_ERN, plan.down.shape))
+    up = work.write(plan.up, packing.pack_up(up_EMR, plan.up.shape))
+    rounded = packing.unpack_down(down, experts), packing.unpack_up(up, experts)
     if bias is not None:
         work.write(plan.bias_region, bias)
-    kind = torch_dtype(work.dtype(plan.down))
-    rounded = (down_ERN.to(kind).double(), up_EMR.to(kind).double())
-    error = 0.0 if exact else factors.relative_error((down_ERN, up_EMR), total)
+    if summed:
+        error, effective_rank = 0.0, stack.effective_rank()
+        changed = any(work.casts.get(region.tensor) for region in (plan.down, plan.up))
+        kept = rounded[0][:, :rank], rounded[1][:, :, :rank]
+        stored_error = stack.rounding_error(kept) if changed else 0.0
+    else:
+        merged, stored = (down_ERN, up_EMR), (rounded[0].double(), rounded[1].double())
+        error = factors.relative_error(merged, stack.total)
+        effective_rank = factors.effective_rank(*merged)
+        # Where the merge loses nothing, it has the sum's norm, and what the cast loses is all there is.
+        stored_error = (
+            factors.relative_error(stored, stack.total)
+            if error > 1e-12
+            else factors.rounding_error(merged, stored, stack.norm)
+        )
     found: dict[str, object] = {
         "rank": rank,
         "error": error,
-        # Where the merge loses nothing, it has the sum's norm, and what the cast loses is all there is.
-        "stored_error": factors.relative_error(rounded, total)
-        if error > 1e-12
-        else factors.rounding_error((down_ERN, up_EMR), rounded, loaded.stack.norm),
-        "effective_rank": loaded.stack.effective_rank()
-        if exact
-        else factors.effective_rank(down_ERN, up_EMR),
-        "dead_ranks": sum(factors.dead(pair) for pair in loaded.factors),
+        "stored_error": stored_error,
+        "effective_rank": effective_rank,
+        "dead_ranks": stack.dead(),
     }
     if len(loaded.sources) > 1:
-        angles = loaded.stack.cosines()
+        angles = stack.cosines()
         found["cosines"] = [
             [loaded.sources[i], loaded.sources[j], angles[i][j]]
             for i, j in combinations(range(len(angles)), 2)

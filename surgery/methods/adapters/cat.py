@@ -3,8 +3,10 @@
     A = [A_1; ...; A_T],  B = [w_1 B_1, ..., w_T B_T],  so that  B A = sum_i w_i B_i A_i
 
 with each adapter's own scale (alpha / r, or alpha / sqrt(r) when rank-stabilised, by module) folded into its
-factors first. The rank of a module is the sum of the ranks. Nothing is lost but the rounding of the stored type,
-which the report measures. This is the reference that every other way of merging adapters is held against.
+second factor first. The rank of a module is the sum of the ranks. A is stored as it was, and where scale times weight
+is a power of two so is B but for its exponents: then nothing is lost at all. (The common convention, a root of the
+scale on both factors, rounds both.) Elsewhere B is rounded to the stored type, which the report measures. This is the
+reference that every other way of merging adapters is held against.
 
 ``--sweep simplex:step=0.25`` makes an adapter at every point of the grid of weights with the sum 1, and a
 ``manifest.json``.
@@ -58,5 +60,5 @@ def plan(adapters: Sequence[Adapter], options: Options) -> Draft:
 @saved.beside
 def transform(work: Work) -> dict[str, object]:
     """Stack a module's factors."""
-    loaded = unit.load(work)
+    loaded = unit.load(work, balanced=False)
     return unit.save(work, loaded, *loaded.stack.total, bias=unit.summed_bias(loaded))
