@@ -54,11 +54,11 @@ class Runner:
         self, plan: Plan, folder: Path, sources: Sequence[Source], writer: Writer | None = None
     ) -> None:
         self.plan = plan
-        self.sources = sources
+        self.sources = sources[: len(sources) - plan.references]
         self.specs = {spec.name: spec for spec in plan.tensors}
         self.readers = [TensorReader(source.checkpoint) for source in sources]
         self.writer = writer or ShardWriter(folder, plan.shards, create=False)
-        kind = kind_of([source.folder for source in sources])
+        kind = kind_of([source.folder for source in self.sources])
         self.method = load(plan.command, plan.method, kind)
         self._folder = folder
         self._buffer = bytearray(COPY_BUFFER)

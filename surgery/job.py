@@ -48,7 +48,8 @@ def plan_of(request: Request, sources: Sequence[Source], draft: Draft, options: 
         method=request.method,
         options=dataclasses.asdict(options),
         seed=request.seed,
-        sources=tuple(str(source.folder) for source in sources),
+        sources=tuple(str(source.folder) for source in (*sources, *draft.references.values())),
+        references=len(draft.references),
         tensors=tuple(draft.tensors),
         units=tuple(draft.units),
         max_shard_bytes=request.max_shard_bytes,
@@ -90,12 +91,13 @@ class Job:
         progress: Progress,
         stop: Stop,
     ) -> None:
-        self.request, self.method, self.sources, self.draft = request, method, sources, draft
+        self.request, self.method, self.draft = request, method, draft
+        self.sources = [*sources, *draft.references.values()]
         self.plan, self.options, self.workers = plan, options, workers
         self.progress, self.stop = progress, stop
         # A model may be given several times.
         self.inputs = list(
-            dict.fromkeys(file for source in sources for file in source.checkpoint.inputs)
+            dict.fromkeys(file for source in self.sources for file in source.checkpoint.inputs)
         )
         self.shards = plan.shards
         self.statistics: Any = None
@@ -110,9 +112,14 @@ class Job:
         )
 
     @property
+    def given(self) -> Sequence[Source]:
+        """What the method starts from, without what it only reads beside it."""
+        return self.sources[: len(self.request.sources)]
+
+    @property
     def models(self) -> Sequence[Model]:
         """The sources, where they are models; only methods that start from models need more than bytes."""
-        return cast("Sequence[Model]", self.sources)
+        return cast("Sequence[Model]", self.given)
 
     @property
     def model(self) -> Model:
@@ -231,7 +238,7 @@ class Job:
     def _draft_from_weights(self) -> None:
         """Plan again where weights tell what statistics are made with; they do so again when a run is resumed."""
         if self.method.draft_from_weights is not None:
-            with Weights(self.sources, self.progress, self.stop) as weights:
+            with Weights(self.given, self.progress, self.stop) as weights:
                 self._plan_again(self.method.draft_from_weights(self.models, self.options, weights))
 
     def _plan_again(self, draft: Draft | None) -> None:
@@ -354,13 +361,17 @@ class Job:
             "options": dict(self.plan.options),
             "seed": self.plan.seed,
             "fingerprint": self.fingerprint,
-            "sources": sources_record(self.request.sources, self.sources, digests),
+            "sources": sources_record(
+                [*self.request.sources, *self.draft.references],
+                self.sources,
+                digests,
+            ),
             "statistics": described,
             "format": self.draft.format,
             "tier": self.draft.tier,
             "exactness": dataclasses.asdict(self.draft.exactness),
             "notes": list(self.draft.notes),
-            "parameters": record.parameters(self.sources, self.plan),
+            "parameters": record.parameters(self.given, self.plan),
             "decisions": None if decision is None else decision["layers"],
             "units": {name: metrics[name] for name in sorted(metrics) if metrics[name]},
             "unchanged": self.plan.unchanged,

@@ -74,8 +74,9 @@ def run(request: Request, progress: Progress) -> dict[str, Any]:
             hint="leave out --data and --calibration",
         )
     plan = plan_of(request, sources, draft, options)
-    validate(plan, [source.checkpoint for source in sources])
-    card.common_licence([source.folder for source in sources])
+    read = [*sources, *draft.references.values()]
+    validate(plan, [source.checkpoint for source in read])
+    card.common_licence([source.folder for source in read])
     workers = choose_workers(plan, request.workers, request.max_memory)
     if request.dry_run:
         return _summary(request, sources, plan, draft, started, workers) | {

@@ -114,7 +114,7 @@ class Plan:
 
     Attributes:
         command, method, options, seed: what was asked.
-        sources: the input folders.
+        sources: the input folders, those that are only read beside the given ones last.
         tensors: every output tensor in shard-filling order.
         units: the work.
         max_shard_bytes: how shards are cut.
@@ -122,6 +122,7 @@ class Plan:
         format: name of the output's format.
         archives: files of the output made after the units, each with the tensors of one of its shards in the format
             that torch loads: (file, shard), both by their names in the output.
+        references: how many sources are not what the method starts from, but something that its units read as well.
     """
 
     command: str
@@ -135,6 +136,7 @@ class Plan:
     statistics: str = ""
     format: str = MODEL.name
     archives: tuple[tuple[str, str], ...] = ()
+    references: int = 0
 
     @property
     def disk_bytes(self) -> int:
@@ -228,6 +230,7 @@ class Plan:
             "max_shard_bytes": self.max_shard_bytes,
             "statistics": self.statistics,
             "format": self.format,
+            "references": self.references,
             "archives": [list(pair) for pair in self.archives],
             "tensors": [[spec.name, spec.dtype, list(spec.shape)] for spec in self.tensors],
             "units": [unit.to_json() for unit in self.units],
@@ -250,6 +253,7 @@ class Plan:
             max_shard_bytes=data["max_shard_bytes"],
             statistics=data["statistics"],
             format=data["format"],
+            references=data["references"],
             archives=tuple((file, shard) for file, shard in data["archives"]),
         )
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ..architectures.model import Model
     from ..calibration.statistics import Statistics
     from ..execute import Work
-    from ..sources import Takes
+    from ..sources import Source, Takes
     from ..weights import Weights
 
 DataNeed = Literal["none", "routed", "all-expert", "gram", "shifted", "means", "prompts", "neurons"]
@@ -105,6 +105,8 @@ class Draft:
         format: what the output is.
         archives: files of the output by name that hold the tensors of one of its shards once more, in the format that
             torch loads: the shard's name.
+        references: what units read beside the run's sources, such as the base of adapters that are merged, by
+            what the user calls them; regions count them after the sources. Only ``plan`` says so, no later draft.
         data: statistics that these options need, where they need others than ``MethodInfo.data`` says.
     """
 
@@ -122,6 +124,7 @@ class Draft:
     )
     format: FormatName = "model"
     archives: Mapping[str, str] = field(default_factory=dict)
+    references: Mapping[str, Source] = field(default_factory=dict)
     data: DataNeed | None = None
 
 

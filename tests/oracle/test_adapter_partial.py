@@ -137,3 +137,89 @@ def test_a_head_that_one_lacks(checkpoint: Checkpoint, tmp_path: Path) -> None:
         operate("merge", "cat", folders, tmp_path / mode, full_tensors=mode)
         assert torch.equal(head_of(tmp_path / mode), head_of(folders[1]))
         peft(checkpoint("llama"), tmp_path / mode)
+
+
+# Changes of full tensors against the base
+
+
+def based(checkpoint: Checkpoint) -> tuple[Path, torch.Tensor]:
+    """The base, whose head is stored, and its head."""
+    base = checkpoint("llama", tie_word_embeddings=False)
+    return base, load_file(base / "model.safetensors")["lm_head.weight"]
+
+
+@pytest.mark.parametrize("weights", ["1,1,1", "0.5,-0.25,2"])
+def test_changes_against_the_base_add_up(
+    weights: str, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """An adapter without the tensor changes nothing."""
+    folders, (base, start) = headed(checkpoint, 5, None, 6), based(checkpoint)
+    options: dict[str, Any] = {"full_tensors": "ta", "base": str(base), "weights": weights}
+    operate("merge", "svd", folders, tmp_path / "out", **options)
+    first, _, third = map(float, weights.split(","))
+    heads = [head_of(folders[index]).double() for index in (0, 2)]
+    expected = start + first * (heads[0] - start) + third * (heads[1] - start)
+    torch.testing.assert_close(head_of(tmp_path / "out"), expected.float(), atol=1e-6, rtol=1e-6)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [source["model_type"] for source in report["sources"]] == ["adapter"] * 3 + ["llama"]
+    assert report["sources"][3]["files"]
+    assert f"--base {base}" in " ".join(report["command"])
+    peft(base, tmp_path / "out")
+    for workers in (1, 2):
+        target = tmp_path / f"workers_{workers}"
+        operate("merge", "svd", folders, target, workers=workers, **options)
+        assert torch.equal(head_of(target), head_of(tmp_path / "out"))
+
+
+def test_one_adapter_or_equal_ones_give_their_tensor(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit, and in blocks as well."""
+    monkeypatch.setattr("moesurg.surgery.methods.models._merge.BLOCK", 100)
+    folders, (base, _) = headed(checkpoint, 5, 5), based(checkpoint)
+    own = head_of(folders[0])
+    options: dict[str, Any] = {"full_tensors": "ta", "base": str(base)}
+    operate("merge", "cat", folders[:1], tmp_path / "one", **options)
+    operate("merge", "cat", folders, tmp_path / "two", weights="0.25,0.75", **options)
+    assert torch.equal(head_of(tmp_path / "one"), own)
+    assert torch.equal(head_of(tmp_path / "two"), own)
+
+
+def test_a_tied_head_of_the_base_is_its_embedding(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    folders, base = headed(checkpoint, 5), checkpoint("llama", tie_word_embeddings=True)
+    stored = load_file(base / "model.safetensors")
+    assert "lm_head.weight" not in stored
+    options = {"full_tensors": "ta", "base": str(base), "weights": "0.5"}
+    operate("merge", "cat", folders, tmp_path / "out", **options)
+    expected = (stored["model.embed_tokens.weight"] + head_of(folders[0])) / 2
+    torch.testing.assert_close(head_of(tmp_path / "out"), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_ranks_by_energy_do_not_see_the_base(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    folders, (base, _) = headed(checkpoint, 5, 6), based(checkpoint)
+    options: dict[str, Any] = {"full_tensors": "ta", "base": str(base), "energy": 0.9}
+    operate("merge", "svd", folders, tmp_path / "out", **options)
+    operate("merge", "svd", folders, tmp_path / "mean", full_tensors="mean", energy=0.9)
+    first, second = (
+        json.loads((tmp_path / name / "adapter_config.json").read_text())
+        for name in ("out", "mean")
+    )
+    assert first == second
+
+
+def test_bases_that_are_none(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    folders, (base, _) = headed(checkpoint, 5, 6), based(checkpoint)
+    narrow = checkpoint("llama", vocab_size=320, tie_word_embeddings=False)
+    for options, error, message in (
+        ({"full_tensors": "ta"}, UsageError, "against the base"),
+        ({"base": str(base)}, UsageError, "--base is read for --full-tensors ta only"),
+        ({"full_tensors": "ta", "base": str(folders[0])}, InputError, "expected a model"),
+        (
+            {"full_tensors": "ta", "base": str(narrow)},
+            InputError,
+            r"lm_head.weight.*is \[320, 32\]",
+        ),
+    ):
+        with pytest.raises(error, match=message):
+            operate("merge", "cat", folders, tmp_path / "out", **options)
+    assert not list(tmp_path.iterdir())

@@ -404,7 +404,7 @@ def _notes(
     blocks: Blocks, layers: int, attention: str, shapes: Mapping[Place, tuple[int, int]]
 ) -> list[str]:
     found = [
-        "the routers are untrained: they are random until they are",
+        "the routers are untrained: until they are trained, they choose at random",
         f"for a base with {layers} decoder layers whose blocks are like those of {blocks.types}",
         f"{WEIGHTS} and {ADAPTER.single} hold the same tensors; MixLoRA's loader reads the former",
     ]

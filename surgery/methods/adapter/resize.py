@@ -58,6 +58,10 @@ class Options:
         """Nor does it differ from one."""
         return "refuse"
 
+    @property
+    def base(self) -> None:
+        """So that no base is read."""
+
 
 # One adapter at a rank is the sum of one.
 decide_from_weights, transform = svd.decide_from_weights, svd.transform

@@ -42,6 +42,8 @@ class Chosen(Protocol):
     @property
     def full_tensors(self) -> str: ...
     @property
+    def base(self) -> str | None: ...
+    @property
     def expert_layout(self) -> str | None: ...
 
 
@@ -59,8 +61,12 @@ class MergeOptions:
     )
     full_tensors: str = option(
         "refuse",
-        "where tensors that adapters save in full differ: refuse, take the weighted mean, or the first",
+        "where tensors that adapters save in full differ: refuse, take the weighted mean or the first, or add up their "
+        "changes of the base (ta)",
         choices=saved.MODES,
+    )
+    base: str | None = option(
+        None, "the base model, which --full-tensors ta reads", metavar="MODEL"
     )
     expert_layout: str | None = option(
         None,
@@ -180,7 +186,8 @@ def plan_merge(
                 memory=8 * memory * numbers,
             )
         )
-    full, added = saved.plan(adapters, weights, options.full_tensors)
+    base = saved.open_base(options.base, options.full_tensors)
+    full, added = saved.plan(adapters, weights, options.full_tensors, base)
     specs = [spec for entry in written for spec in entry.specs] + full
     return Draft(
         config(adapters, written, [spec.name for spec in full]),
@@ -189,6 +196,7 @@ def plan_merge(
         exactness,
         notes=_notes(adapters, options.missing, notes),
         format="adapter",
+        references={str(options.base): base} if base is not None and full else {},
     )
 
 
