@@ -106,7 +106,7 @@ class Draft:
         archives: files of the output by name that hold the tensors of one of its shards once more, in the format that
             torch loads: the shard's name.
         references: what units read beside the run's sources, such as the base of adapters that are merged, by
-            what the user calls them; regions count them after the sources. Only ``plan`` says so, no later draft.
+            what the user calls them; regions count them after the sources. A later draft has the same.
         data: statistics that these options need, where they need others than ``MethodInfo.data`` says.
     """
 
