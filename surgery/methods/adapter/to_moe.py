@@ -46,7 +46,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...adapters.output import Written, aligned, check_agreement, placed, widest
 from ...checkpoint.formats import ADAPTER
@@ -56,7 +56,7 @@ from ...errors import InputError, UsageError
 from ...outputs import config_bytes
 from ...plan import Unit
 from ..base import Draft, Exactness, MethodInfo, option
-from . import _mixlora
+from . import _mixlora, _x_lora
 from . import _shelf as shelf
 
 if TYPE_CHECKING:
@@ -71,9 +71,6 @@ INFO = MethodInfo(
     takes="adapters",
 )
 
-
-READERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
-"""Layers of decoder blocks that read hidden states, as most families call them."""
 
 OWN = {
     "arrow": (),
@@ -194,8 +191,8 @@ def plan(adapters: Sequence[Adapter], options: Options) -> Draft:
         ]
     else:
         folder = _free("router", names)
-        config = _x_lora(options, adapters)
-        facts = {**_call(names, folder), "router": "x-lora", "router_folder": folder}
+        config = _x_lora.config_of(options, adapters)
+        facts = {**_x_lora.call(names, folder), "router": "x-lora", "router_folder": folder}
         files[f"{folder}/{ADAPTER.config}"] = config_bytes(config)
         shapes = {"weight": (len(names), config["hidden_size"]), "bias": (len(names),)}
         layer = f"{folder}/base_model.internal_xlora_classifier.layers.0"
@@ -245,55 +242,6 @@ def _arrow(options: Options, names: Sequence[str]) -> dict[str, str]:
         + f"], arrow_config=peft.ArrowConfig(top_k={top_k}, router_temperature={options.temperature:g}, rng_seed=0))"
     )
     return {"call": call, "router": "arrow"}
-
-
-def _call(names: Sequence[str], folder: str) -> dict[str, str]:
-    """How PEFT loads an X-LoRA: experts go by their number."""
-    paths = ", ".join(f"'{index}': FOLDER + '/{name}'" for index, name in enumerate(names))
-    call = (
-        f"base_model.config.use_cache = False; config = peft.XLoraConfig.from_pretrained(FOLDER + '/{folder}'); "
-        f"config.adapters = {{{paths}}}; "
-        f"model = peft.PeftModel.from_pretrained(base_model, FOLDER + '/{folder}', config=config)"
-    )
-    return {"call": call}
-
-
-def _x_lora(options: Options, adapters: Sequence[Adapter]) -> dict[str, Any]:
-    """The classifier's config."""
-    first = adapters[0].config
-    found: dict[str, Any] = {
-        "peft_type": "XLORA",
-        "base_model_name_or_path": first.base,
-        "task_type": first.raw.get("task_type"),
-        "hidden_size": options.hidden_size or _hidden_size(adapters),
-        "adapters": {str(index): str(index) for index in range(len(adapters))},
-        "enable_softmax": True,
-        "softmax_temperature": options.temperature,
-        "layerwise_scalings": False,
-        "top_k_lora": None if options.top_k is None else min(options.top_k, len(adapters)),
-        "xlora_depth": 1,
-    }
-    return found
-
-
-def _hidden_size(adapters: Sequence[Adapter]) -> int:
-    """What layers that read hidden states take, if all agree.
-
-    Raises:
-        UsageError: no such layer, or several widths.
-    """
-    sizes = {
-        module.inputs
-        for adapter in adapters
-        for module in adapter.modules.values()
-        if module.name.rpartition(".")[2] in READERS
-    }
-    if len(sizes) != 1:
-        raise UsageError(
-            "the width of the base's hidden states cannot be told from these adapters",
-            hint="--hidden-size, as the base's config.json has it",
-        )
-    return sizes.pop()
 
 
 def _free(name: str, taken: Sequence[str]) -> str:
