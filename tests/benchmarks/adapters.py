@@ -8,9 +8,10 @@ out of a pack (``merge rmm``) again, with the largest difference of its logits. 
 each text, 128 tokens a sequence. Adapters are widened to float32 first, so that no cast plays a role.
 
 The second compares with ``add_weighted_adapter``. Every measurement is a process of its own; seconds begin after the
-imports, and memory is the largest growth of what belongs to no file from there on. PEFT merges inside a model, so
-that its time has that of loading it beside it; its SVDs are thin ones (by default it asks for full matrices, which
-takes longer). With the interpreter of an environment that has mergekit, its extraction of an adapter from a fine-tune
+imports, and memory is the largest growth of what belongs to no file from there on. Ours begins with the adapters'
+files and ends with the merged one on the disk, digests and all. PEFT merges inside a model, so the seconds for loading
+the adapters and the base stand beside those for merging and saving; its SVDs are thin ones (by default it asks for
+full matrices, which takes longer). With the interpreter of an environment that has mergekit, its extraction of an adapter from a fine-tune
 stands beside ours. Not run by pytest.
 """
 
@@ -214,9 +215,9 @@ def _widened(source: Path, target: Path) -> Path:
 def _cost(arguments: argparse.Namespace, scratch: Path) -> None:
     print(f"{arguments.copies} adapters of rank {arguments.rank} on every linear layer, one thread")
     print(
-        "| method | ours s | CPU s | PEFT s | and loading s | CPU s of both | ours MB | PEFT MB |"
+        "| method | ours s | CPU s | PEFT s: merging | adapters | base | CPU s of all | ours MB | PEFT MB |"
     )
-    print("|---" * 8 + "|", flush=True)
+    print("|---" * 9 + "|", flush=True)
     for method in COST:
         if arguments.methods is not None and method not in arguments.methods:
             continue
@@ -230,7 +231,8 @@ def _cost(arguments: argparse.Namespace, scratch: Path) -> None:
 
         print(
             f"| {method} | {middle(ours, 'seconds'):.2f} | {middle(ours, 'used'):.2f} | "
-            f"{middle(theirs, 'seconds'):.2f} | {middle(theirs, 'loading'):.2f} | "
+            f"{middle(theirs, 'seconds'):.2f} | {middle(theirs, 'adapters'):.2f} | "
+            f"{middle(theirs, 'base'):.2f} | "
             f"{middle(theirs, 'used'):.2f} | {middle(ours, 'bytes') / 1e6:.0f} | "
             f"{middle(theirs, 'bytes') / 1e6:.0f} |",
             flush=True,
@@ -288,7 +290,7 @@ def _child(side: str, method: str, arguments: argparse.Namespace) -> dict[str, f
 def _measured(
     side: str, method: str, arguments: argparse.Namespace, scratch: Path
 ) -> dict[str, float]:
-    """One merge in this process: ``seconds``, ``bytes`` and, for PEFT, ``loading``."""
+    """One merge in this process: ``seconds``, ``used``, ``bytes`` and, for PEFT, of loading ``base`` and ``adapters``."""
     import peft as library
     from transformers import AutoModelForCausalLM
 
@@ -307,18 +309,20 @@ def _measured(
     with peak() as grown:
         started, used = time.perf_counter(), time.process_time()
         base = loader.from_pretrained(arguments.base, dtype=torch.bfloat16, local_files_only=True)
+        based = time.perf_counter()
         names = [f"a{index}" for index in range(len(folders))]
         model: Any = library.PeftModel.from_pretrained(base, str(folders[0]), adapter_name="a0")
         for name, folder in zip(names[1:], folders[1:], strict=True):
             model.load_adapter(str(folder), adapter_name=name)
-        loading = time.perf_counter() - started
+        loaded = time.perf_counter()
         model.add_weighted_adapter(names, [1.0] * len(names), "merged", **THEIRS[method])
         model.save_pretrained(
             str(scratch / "out"), selected_adapters=["merged"], save_embedding_layers=False
         )
-        seconds = time.perf_counter() - started - loading
+        seconds = time.perf_counter() - loaded
         used = time.process_time() - used
-    return {"seconds": seconds, "used": used, "loading": loading, "bytes": grown[0]}
+    parts = {"base": based - started, "adapters": loaded - based, "seconds": seconds}
+    return {**parts, "used": used, "bytes": grown[0]}
 
 
 def _random(base: Path, folder: Path, rank: int, seed: int) -> Path:
