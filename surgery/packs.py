@@ -55,6 +55,11 @@ class Pack:
         Raises:
             InputError: naming what is wrong with it.
         """
+        if folder.is_dir() and not (folder / PACK.config).exists():
+            raise InputError(
+                f"{folder}: is no pack, it has no {PACK.config}",
+                hint="merge --method rmm (adapters) and tsv-c (models) write packs",
+            )
         return cls(open_checkpoint(folder, PACK))
 
     @property

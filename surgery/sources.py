@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 
 from .adapters.adapter import Adapter
 from .architectures.model import Model
-from .checkpoint.formats import ADAPTER, PACK, format_of
+from .checkpoint.formats import ADAPTER, PACK, format_of, refuse_shelf
 from .checkpoint.reader import Checkpoint
 from .custom import CustomModel, is_custom_folder
 from .errors import InputError
@@ -58,6 +58,9 @@ def kind_of(folders: Sequence[Path]) -> Takes:
         InputError: models and adapters in another order than a model first, or only some of them stock.
     """
     formats = [format_of(folder) for folder in folders]
+    for folder, found in zip(folders, formats, strict=True):
+        if found.member is not None:
+            refuse_shelf(folder)
     if all(found == PACK for found in formats):
         return "packs"
     if PACK in formats:
@@ -82,5 +85,6 @@ def kind_of(folders: Sequence[Path]) -> Takes:
         return "model and adapters"
     first = folders[adapters.index(False)]
     raise InputError(
-        f"{first}: is a model among adapters", hint="give the model first, then its adapters"
+        f"{first}: is a model among adapters",
+        hint="merges take adapters alone or models alone; adapter apply takes the model first, then its adapters",
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 from ..errors import InputError
 
@@ -93,3 +94,39 @@ def format_of(folder: Path) -> Format:
             hint="put them in two folders",
         )
     return ADAPTER if adapter else MODEL
+
+
+def refuse_other(folder: Path) -> None:
+    """Say what a folder is that was opened as a model and is something else.
+
+    Raises:
+        InputError: it is an adapter, a pack or a shelf, and has no config of a model.
+    """
+    if (folder / MODEL.config).exists():
+        return
+    found = format_of(folder)
+    if found == ADAPTER:
+        raise InputError(
+            f"{folder}: is an adapter, and a model is needed here",
+            hint="moesurg adapter apply BASE ADAPTER makes a model of both",
+        )
+    if found == PACK:
+        raise InputError(
+            f"{folder}: is a pack, and a model is needed here",
+            hint="moesurg revert takes out what is in it",
+        )
+    if found.member is not None:
+        refuse_shelf(folder)
+
+
+def refuse_shelf(folder: Path) -> NoReturn:
+    """Name the folders of a shelf, which are inputs, where the shelf is given as one.
+
+    Raises:
+        InputError: always.
+    """
+    inside = sorted({path.parent for path in folder.glob("*/*config.json")})
+    raise InputError(
+        f"{folder}: holds several folders, each of which is an input of its own",
+        hint="give one of them: " + ", ".join(map(str, inside[:4])),
+    )

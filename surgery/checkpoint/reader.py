@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from ..errors import InputError
 from .dtypes import torch_dtype
 from .finite import first_non_finite
-from .formats import MODEL, Format
+from .formats import MODEL, Format, refuse_other
 from .header import TensorInfo, read_header, read_json
 
 if TYPE_CHECKING:
@@ -63,6 +63,8 @@ def open_checkpoint(folder: Path, format: Format = MODEL) -> Checkpoint:
             f"{folder}: no such folder",
             hint="give a folder with config.json and safetensors files, or a Hub id owner/name",
         )
+    if format is MODEL:
+        refuse_other(folder)
     config = read_json(contained(folder, format.config))
     tensors, files = _weights(folder, format)
     return Checkpoint(folder, config, tensors, files, format)

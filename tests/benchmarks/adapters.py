@@ -11,8 +11,8 @@ The second compares with ``add_weighted_adapter``. Every measurement is a proces
 imports, and memory is the largest growth of what belongs to no file from there on. Ours begins with the adapters'
 files and ends with the merged one on the disk, digests and all. PEFT merges inside a model, so the seconds for loading
 the adapters and the base stand beside those for merging and saving; its SVDs are thin ones (by default it asks for
-full matrices, which takes longer). With the interpreter of an environment that has mergekit, its extraction of an adapter from a fine-tune
-stands beside ours. Not run by pytest.
+full matrices, which takes longer). With the interpreter of an environment that has mergekit, its extraction of an
+adapter from a fine-tune stands beside ours. Not run by pytest.
 """
 
 from __future__ import annotations
@@ -290,7 +290,7 @@ def _child(side: str, method: str, arguments: argparse.Namespace) -> dict[str, f
 def _measured(
     side: str, method: str, arguments: argparse.Namespace, scratch: Path
 ) -> dict[str, float]:
-    """One merge in this process: ``seconds``, ``used``, ``bytes`` and, for PEFT, of loading ``base`` and ``adapters``."""
+    """One merge in this process: ``seconds``, ``used``, ``bytes``; for PEFT of loading ``base`` and ``adapters`` too."""
     import peft as library
     from transformers import AutoModelForCausalLM
 

@@ -12,7 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from moesurg.surgery.adapters.adapter import Adapter
+from moesurg.surgery.checkpoint.reader import open_checkpoint
 from moesurg.surgery.errors import InputError, UsageError
+from moesurg.surgery.packs import Pack
+from moesurg.surgery.sources import kind_of
 from tests.oracle.helpers import operate, peft, stock, token_ids
 
 Checkpoint = Callable[..., Path]
@@ -192,6 +195,30 @@ def test_a_method_says_what_it_takes(checkpoint: Checkpoint, tmp_path: Path) -> 
         operate("merge", "m-smoe", checkpoint("adapter"), tmp_path / "out", experts=2)
     assert caught.value.hint is not None
     assert "cat" in caught.value.hint
+
+
+def test_what_a_folder_is_instead_is_told(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """An adapter, a pack or several folders where something else is needed, each with what to do."""
+    adapter = checkpoint("adapter", seed=1)
+    with pytest.raises(InputError, match="is an adapter, and a model is needed") as caught:
+        open_checkpoint(adapter)
+    assert "adapter apply" in str(caught.value.hint)
+    with pytest.raises(InputError, match="is no pack") as caught:
+        Pack.open(adapter)
+    assert "rmm" in str(caught.value.hint)
+    operate("adapter", "split", adapter, tmp_path / "split")
+    for refused in (open_checkpoint, lambda folder: kind_of([adapter, folder])):
+        with pytest.raises(InputError, match="holds several folders") as caught:
+            refused(tmp_path / "split")
+        assert str(tmp_path / "split" / "expert_0") in str(caught.value.hint)
+    pair = [adapter, checkpoint("adapter", seed=2)]
+    operate("merge", "rmm", pair, tmp_path / "pack", allow_larger=True)
+    with pytest.raises(InputError, match="is a pack, and a model is needed") as caught:
+        open_checkpoint(tmp_path / "pack")
+    assert "moesurg revert" in str(caught.value.hint)
+    with pytest.raises(InputError, match="is a model among adapters") as caught:
+        operate("merge", "cat", [adapter, checkpoint("llama")], tmp_path / "out")
+    assert "adapters alone" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize("weights", ["1", "1,x", "1,2,3", "1,inf", "1,nan"])
