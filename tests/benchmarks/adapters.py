@@ -290,7 +290,7 @@ def _child(side: str, method: str, arguments: argparse.Namespace) -> dict[str, f
 def _measured(
     side: str, method: str, arguments: argparse.Namespace, scratch: Path
 ) -> dict[str, float]:
-    """One merge in this process: ``seconds``, ``used``, ``bytes``; for PEFT of loading ``base`` and ``adapters`` too."""
+    """One merge in this process: ``seconds``, ``used``, ``bytes``; for PEFT of loading ``base`` and ``adapters``."""
     import peft as library
     from transformers import AutoModelForCausalLM
 

@@ -212,7 +212,7 @@ def test_what_a_folder_is_instead_is_told(checkpoint: Checkpoint, tmp_path: Path
             refused(tmp_path / "split")
         assert str(tmp_path / "split" / "expert_0") in str(caught.value.hint)
     pair = [adapter, checkpoint("adapter", seed=2)]
-    operate("merge", "rmm", pair, tmp_path / "pack", allow_larger=True)
+    operate("merge", "rmm", pair, tmp_path / "pack", basis=1, allow_larger=True)
     with pytest.raises(InputError, match="is a pack, and a model is needed") as caught:
         open_checkpoint(tmp_path / "pack")
     assert "moesurg revert" in str(caught.value.hint)
