@@ -6,9 +6,9 @@
 Random Llama checkpoints (hidden 1024, feed-forward 2816, vocabulary 32000; 10 layers are 161 million parameters).
 The floor reads every source in pieces of 4 MB and writes one output that reaches the disk; it computes nothing,
 neither a merge nor the SHA-256 of every input and output file that a run records, whose own time is printed beside
-it. Everything runs in one process that has imported its libraries, on one thread; ratios are of medians. Memory is
-what the process itself holds (RssAnon), sampled every millisecond; processor seconds, which other work on the machine
-changes less, are means. With the interpreter of an environment that has
+it. Everything is timed in one process that has imported its libraries, on one thread; ratios are of medians. Memory
+is what a fresh process holds itself (RssAnon) beyond its imports, sampled every millisecond; processor seconds, which
+other work on the machine changes less, are means. With the interpreter of an environment that has
 mergekit, the same merges by it stand beside ours: linear, ties, dare and della.
 """
 
@@ -19,6 +19,8 @@ import hashlib
 import os
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -69,8 +71,15 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--mergekit", type=Path, default=None, help="interpreter that has mergekit")
     parser.add_argument("--folder", type=Path, default=None)
+    parser.add_argument("--measure", nargs="+", default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if arguments.measure is not None:
+        method, output, *given = arguments.measure
+        with peak() as memory:
+            merge(method, list(map(Path, given)), Path(output))
+        print(memory[0])
+        return
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
         sources = [
@@ -96,8 +105,7 @@ def main() -> None:
         print(f"method            seconds    CPU s  times the floor  peak MB{other}")
         for method in arguments.methods:
             shutil.rmtree(output, ignore_errors=True)
-            with peak() as memory:
-                merge(method, sources, output)
+            memory = held(method, sources, output)
 
             def again(method: str = method) -> None:
                 merge(method, sources, output)
@@ -105,13 +113,20 @@ def main() -> None:
             used = time.process_time()
             took = median_of(again, arguments.runs, fresh=output)
             used = (time.process_time() - used) / arguments.runs
-            line = (
-                f"{method:16s} {took:8.2f} {used:8.2f} {took / least:16.2f} {memory[0] / 1e6:8.0f}"
-            )
+            line = f"{method:16s} {took:8.2f} {used:8.2f} {took / least:16.2f} {memory / 1e6:8.0f}"
             if arguments.mergekit:
                 seconds, used, most = theirs(arguments, method, sources, output)
                 line += f" {seconds:11.2f} {used:8.2f} {most / 1e6:3.0f}"
             print(line, flush=True)
+
+
+def held(method: str, sources: list[Path], output: Path) -> int:
+    """Bytes by which a process of its own grows in a merge."""
+    command = [sys.executable, "-m", "tests.benchmarks.models", "--measure", method, str(output)]
+    done = subprocess.run(
+        [*command, *map(str, sources)], check=True, capture_output=True, text=True
+    )
+    return int(done.stdout)
 
 
 def theirs(
