@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING
 
 from ...architectures.base import PROJECTIONS
 from ...errors import InputError, UsageError
-from ..base import Draft, option, required
+from ..base import Draft, option
 from ._experts import (
-    FORM_HELP,
-    FORMS,
-    RATIO_HELP,
     WHOLE,
     Entries,
+    SharedOptions,
     Sizes,
     largest,
     matrices,
@@ -37,11 +35,9 @@ PRIVATE_SHARE = 0.6
 
 
 @dataclass(frozen=True)
-class BasesOptions:
+class BasesOptions(SharedOptions):
     """What the user chooses of either method."""
 
-    ratio: float = required(RATIO_HELP)
-    form: str = option("shared", FORM_HELP, choices=FORMS)
     inner: int = option(0, INNER_HELP)
     activation: str = option("silu", ACTIVATION_HELP, choices=ACTIVATIONS)
     steps: int = option(100, STEPS_HELP)
@@ -97,8 +93,7 @@ def plan_bases(
 
     return plan_experts(
         models,
-        form=options.form,
-        ratio=options.ratio,
+        options,
         entries_of=entries_of,
         params={"steps": options.steps},
         memory=lambda sizes: 8 * sizes.numbers,

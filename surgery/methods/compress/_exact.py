@@ -7,18 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ...errors import UsageError
-from ..base import Draft, option, required
-from ._lowrank import TARGETS_HELP
-from ._parts import (
-    FORM_HELP,
-    FORMS,
-    RATIO_HELP,
-    Entry,
-    Shape,
-    largest_rank,
-    plan_parts,
-    write_parts,
-)
+from ..base import Draft, option
+from ._parts import Entry, PartsOptions, Shape, largest_rank, plan_parts, write_parts
 
 if TYPE_CHECKING:
     import torch
@@ -34,12 +24,9 @@ ROUNDS_HELP = "alternations between what is kept and the subspace of the rest at
 
 
 @dataclass(frozen=True)
-class ExactOptions:
+class ExactOptions(PartsOptions):
     """What the user chooses of either method, whose ``exact`` have help texts and defaults of their own."""
 
-    ratio: float = required(RATIO_HELP)
-    form: str = option("parts", FORM_HELP, choices=FORMS)
-    targets: str = option("all", TARGETS_HELP)
     exact: float = option(0.02, EXACT_HELP.format("columns"))
     lowrank: str = option("pivot", LOWRANK_HELP, choices=LOWRANK)
     rounds: int = option(2, ROUNDS_HELP)
@@ -76,9 +63,7 @@ def plan_exact(models: Sequence[Model], options: ExactOptions, kept: str) -> Dra
 
     return plan_parts(
         models,
-        form=options.form,
-        ratio=options.ratio,
-        targets=options.targets,
+        options,
         entry_of=entry_of,
         params={"rounds": options.rounds},
     )

@@ -15,15 +15,16 @@ from ...architectures.base import PROJECTIONS
 from ...architectures.linears import expert_input
 from ...checkpoint.layout import TensorSpec
 from ...checkpoint.region import Region
-from ...errors import InputError, UsageError
+from ...errors import InputError
 from ...modeling import custom_config, files
 from ...plan import Unit, copy_unit
 from .._forms import check_expert_types
 from .._mixture import mixture, one_mixture, prediction_notes, replaced
-from ..base import Draft, Exactness
+from ..base import Draft, Exactness, option, required
 from . import _expert_form as form_of_experts
 from ._entries import expert_leaves
 from ._expert_form import LOAD, WHOLE, Entries
+from ._options import check_ratio
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +39,14 @@ RATIO_HELP = (
 FORM_HELP = "shared: the factors, with model code; dense: matrices as before, which saves nothing and loads as stock"
 FORMS = ("shared", "dense")
 DAMPING_HELP = "with text: multiple of the mean of a Gram matrix's diagonal that is added to it"
+
+
+@dataclass(frozen=True)
+class SharedOptions:
+    """Options of every method that compresses experts together; a method's own ones follow in its subclass."""
+
+    ratio: float = required(RATIO_HELP)
+    form: str = option("shared", FORM_HELP, choices=FORMS)
 
 
 @dataclass(frozen=True)
@@ -111,9 +120,8 @@ def delta_entries(model: Model, sizes: Sizes, ratio: float) -> Entries:
 
 def plan_experts(
     models: Sequence[Model],
+    options: SharedOptions,
     *,
-    form: str,
-    ratio: float,
     entries_of: Callable[[Model, Sizes], Entries],
     params: Mapping[str, Any],
     memory: Callable[[Sizes], int] = lambda sizes: 0,
@@ -132,9 +140,8 @@ def plan_experts(
         UsageError: a ratio out of range.
     """
     model = one_mixture(models, "compressing", "compress")
-    if not 0 < ratio < 1:
-        raise UsageError(f"--ratio {ratio} should be above 0 and below 1")
-    shared = form == "shared"
+    check_ratio(options.ratio)
+    shared = options.form == "shared"
     first = mixture(model.moe_layers[0])
     sizes = Sizes(first.count, first.hidden, first.width)
     for layer in model.moe_layers:
@@ -143,7 +150,7 @@ def plan_experts(
         if Sizes(here.count, here.hidden, here.width) != sizes:
             raise InputError(f"{model.folder}: layers have experts of several sizes")
         if shared:
-            form_of_experts.check(model, layer, form)
+            form_of_experts.check(model, layer, options.form)
     entries = entries_of(model, sizes)
     need = 40 * max(1, sizes.numbers // 3) + memory(sizes)
     tensors, units = replaced(
@@ -301,11 +308,9 @@ def _units(
 
 __all__ = [
     "DAMPING_HELP",
-    "FORMS",
-    "FORM_HELP",
-    "RATIO_HELP",
     "WHOLE",
     "Entries",
+    "SharedOptions",
     "Sizes",
     "delta_entries",
     "grams",

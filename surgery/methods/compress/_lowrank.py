@@ -14,6 +14,7 @@ from ...errors import InputError, UsageError
 from ...plan import Unit
 from ..base import Draft, Exactness
 from ._expert_form import LOAD
+from ._options import check_ratio, one_model
 from ._ranks import FORMS, stored, uniform_ranks
 from ._replace import Cut, replace_matrices, shape_of
 
@@ -59,11 +60,9 @@ def plan_lowrank(
         InputError: not one model, or experts that the form cannot hold.
         UsageError: an option out of range.
     """
-    if len(models) != 1:
-        raise InputError(f"compressing takes one model, {len(models)} were given")
-    model = models[0]
-    if ratio is not None and not 0 < ratio < 1:
-        raise UsageError(f"--ratio {ratio} should be above 0 and below 1")
+    model = one_model(models)
+    if ratio is not None:
+        check_ratio(ratio)
     if align < 1:
         raise UsageError(f"--align {align} should be at least 1")
     chosen = choose(model, targets)

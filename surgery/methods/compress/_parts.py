@@ -6,14 +6,16 @@ One entry (`_entries.py`) serves all matrices of a shape.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...checkpoint.dtypes import nbytes
-from ...errors import InputError, UsageError
-from ..base import Draft, Exactness
+from ...errors import InputError
+from ..base import Draft, Exactness, option, required
 from ._entries import Entry, Shape, largest_rank, size
 from ._expert_form import LOAD
-from ._lowrank import choose
+from ._lowrank import TARGETS_HELP, choose
+from ._options import check_ratio, one_model
 from ._replace import Cut, replace_matrices, shape_of
 
 if TYPE_CHECKING:
@@ -34,12 +36,19 @@ LORA_HELP = (
 )
 
 
+@dataclass(frozen=True)
+class PartsOptions:
+    """Options of every method that stores matrices as parts; a method's own ones follow in its subclass."""
+
+    ratio: float = required(RATIO_HELP)
+    form: str = option("parts", FORM_HELP, choices=FORMS)
+    targets: str = option("all", TARGETS_HELP)
+
+
 def plan_parts(
     models: Sequence[Model],
+    options: PartsOptions,
     *,
-    form: str,
-    ratio: float,
-    targets: str,
     entry_of: Callable[[Shape, str], Entry | None],
     params: Mapping[str, Any],
     memory: int = 0,
@@ -55,13 +64,11 @@ def plan_parts(
         InputError: not one model, experts that the form cannot hold, or no matrix to replace.
         UsageError: an option out of range.
     """
-    if len(models) != 1:
-        raise InputError(f"compressing takes one model, {len(models)} were given")
-    model = models[0]
-    if not 0 < ratio < 1:
-        raise UsageError(f"--ratio {ratio} should be above 0 and below 1")
+    form, ratio = options.form, options.ratio
+    model = one_model(models)
+    check_ratio(ratio)
     parts = form == "parts"
-    chosen = choose(model, targets)
+    chosen = choose(model, options.targets)
     kinds = {(shape_of(item.region), model.dtype(item.region.tensor)) for item in chosen}
     entries = {kind: entry_of(*kind) for kind in sorted(kinds)}
     cuts: list[Cut] = []
@@ -148,4 +155,4 @@ def write_parts(
     return {"rank": work.params["entry"]["rank"], "error": lost / norm if norm else 0.0}
 
 
-__all__ = ["Entry", "Shape", "largest_rank", "plan_parts", "size", "write_parts"]
+__all__ = ["Entry", "PartsOptions", "Shape", "largest_rank", "plan_parts", "size", "write_parts"]

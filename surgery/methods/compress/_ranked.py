@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from ...architectures.linears import Linear
     from ...architectures.model import Model
+    from ...calibration.gram_folder import Grams
     from ...weights import Weights
 
 
@@ -134,6 +135,34 @@ def decided_ranks(
     return by_layer(groups, found)
 
 
+def decided_with_text(
+    model: Model,
+    options: RankOptions,
+    statistics: Grams,
+    weights: Weights,
+    spectrum: Callable[[Linear, torch.Tensor], torch.Tensor],
+) -> dict[str, Any]:
+    """By layer how many inputs its matrices sum, and what :func:`decided_ranks` gives."""
+    from ...calibration.gram_folder import layer_statistics
+
+    decided: dict[str, Any] = dict(layer_statistics(statistics, model))
+    for layer, found in (decided_ranks(model, options, weights, spectrum) or {}).items():
+        decided[layer].update(found)
+    return decided
+
+
+def settle_at_ranks(
+    plan: Callable[[Sequence[Model], Any, dict[str, Any]], Draft],
+) -> Callable[[Sequence[Model], Any, dict[str, Any]], Draft | None]:
+    """A method's ``settle``: its plan with the ranks among the decisions; none where options gave them already."""
+
+    def settle(models: Sequence[Model], options: Any, decisions: dict[str, Any]) -> Draft | None:
+        ranked = {layer: found for layer, found in decisions.items() if "ranks" in found}
+        return plan(models, options, ranked) if ranked else None
+
+    return settle
+
+
 def grouped(
     chosen: Sequence[Linear],
     weights: Weights,
@@ -224,8 +253,10 @@ __all__ = [
     "RankOptions",
     "by_layer",
     "decided_ranks",
+    "decided_with_text",
     "grouped",
     "index_of",
     "plan_ranked",
     "read_ranks",
+    "settle_at_ranks",
 ]

@@ -37,6 +37,7 @@ from ...architectures.base import PROJECTIONS
 from ...errors import InputError, UsageError
 from ..base import Draft, MethodInfo, option
 from ._lowrank import choose, write_lowrank
+from ._options import check_damping
 from ._ranked import RankOptions, decided_ranks, plan_ranked
 
 if TYPE_CHECKING:
@@ -80,8 +81,7 @@ def plan(
         UsageError: an option out of range.
         InputError: experts are among the targets that are no three matrices called by index.
     """
-    if not 0 <= options.damping < float("inf"):
-        raise UsageError(f"--damping {options.damping} should be at least 0")
+    check_damping(options.damping)
     if not 0 <= options.share <= 1:
         raise UsageError(f"--share {options.share} should be between 0 and 1")
     for model in models:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from ...errors import UsageError
 from ..base import Draft, MethodInfo, option
 from ._lowrank import write_lowrank
-from ._ranked import RankOptions, decided_ranks, plan_ranked
+from ._ranked import RankOptions, decided_with_text, plan_ranked, settle_at_ranks
 
 if TYPE_CHECKING:
     import torch
@@ -66,23 +66,16 @@ def decide_from_weights(
     model: Model, options: Options, statistics: Grams, weights: Weights, seed: int
 ) -> dict[str, Any]:
     """How many inputs each layer's matrices sum; ranks by the scaled spectra, where they are not uniform."""
-    from ...calibration.gram_folder import layer_statistics
     from ...linalg.lowrank import singular_values
 
     def spectrum(linear: Linear, matrix_MN: torch.Tensor) -> torch.Tensor:
         gram_NN, rows = statistics.read(linear.layer, linear.module)
         return singular_values(matrix_MN.double() * _scale(gram_NN, rows, options.alpha))
 
-    decided: dict[str, Any] = dict(layer_statistics(statistics, model))
-    for layer, found in (decided_ranks(model, options, weights, spectrum) or {}).items():
-        decided[layer].update(found)
-    return decided
+    return decided_with_text(model, options, statistics, weights, spectrum)
 
 
-def settle(models: Sequence[Model], options: Options, decisions: dict[str, Any]) -> Draft | None:
-    """The output at the decided ranks."""
-    ranked = {layer: found for layer, found in decisions.items() if "ranks" in found}
-    return plan(models, options, ranked) if ranked else None
+settle = settle_at_ranks(plan)
 
 
 def transform(work: Work) -> dict[str, object]:

@@ -21,19 +21,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ...errors import InputError, UsageError
-from ..base import Draft, MethodInfo, option, required
+from ...errors import InputError
+from ..base import Draft, MethodInfo, option
 from ._experts import (
     DAMPING_HELP,
-    FORM_HELP,
-    FORMS,
-    RATIO_HELP,
+    SharedOptions,
     delta_entries,
     grams,
     matrices,
     plan_experts,
     write_experts,
 )
+from ._options import check_damping
 
 if TYPE_CHECKING:
     from ...architectures.model import Model
@@ -51,11 +50,9 @@ INFO = MethodInfo(
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(SharedOptions):
     """What the user chooses."""
 
-    ratio: float = required(RATIO_HELP)
-    form: str = option("shared", FORM_HELP, choices=FORMS)
     base: str = option(
         "frequency",
         "how experts are weighed in the base; frequency is mean where there is no text",
@@ -71,12 +68,10 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
         UsageError: an option out of range.
         InputError: no rank removes the asked fraction.
     """
-    if not 0 <= options.damping < float("inf"):
-        raise UsageError(f"--damping {options.damping} should be at least 0")
+    check_damping(options.damping)
     return plan_experts(
         models,
-        form=options.form,
-        ratio=options.ratio,
+        options,
         entries_of=lambda model, sizes: delta_entries(model, sizes, options.ratio),
         params={"base": options.base, "damping": options.damping},
         memory=lambda sizes: 64 * max(sizes.hidden, sizes.width) ** 2,

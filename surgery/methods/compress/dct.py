@@ -18,18 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..base import Draft, MethodInfo, option, required
-from ._lowrank import TARGETS_HELP
-from ._parts import (
-    FORM_HELP,
-    FORMS,
-    RATIO_HELP,
-    Entry,
-    Shape,
-    largest_rank,
-    plan_parts,
-    write_parts,
-)
+from ..base import Draft, MethodInfo, option
+from ._parts import Entry, PartsOptions, Shape, largest_rank, plan_parts, write_parts
 
 if TYPE_CHECKING:
     from ...architectures.model import Model
@@ -45,12 +35,9 @@ INFO = MethodInfo(
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(PartsOptions):
     """What the user chooses."""
 
-    ratio: float = required(RATIO_HELP)
-    form: str = option("parts", FORM_HELP, choices=FORMS)
-    targets: str = option("all", TARGETS_HELP)
     side: str = option(
         "auto",
         "what is transformed; auto: the side where a larger share of the vectors fits",
@@ -78,9 +65,7 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
 
     return plan_parts(
         models,
-        form=options.form,
-        ratio=options.ratio,
-        targets=options.targets,
+        options,
         entry_of=entry_of,
         params={},
         memory=16,

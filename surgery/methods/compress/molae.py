@@ -21,14 +21,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...errors import InputError, UsageError
-from ..base import Draft, MethodInfo, option, required
+from ..base import Draft, MethodInfo, option
 from ._experts import (
     DAMPING_HELP,
-    FORM_HELP,
-    FORMS,
-    RATIO_HELP,
     WHOLE,
     Entries,
+    SharedOptions,
     Sizes,
     grams,
     largest,
@@ -37,6 +35,7 @@ from ._experts import (
     plan_experts,
     write_experts,
 )
+from ._options import check_damping
 
 if TYPE_CHECKING:
     from ...architectures.model import Model
@@ -54,11 +53,9 @@ INFO = MethodInfo(
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(SharedOptions):
     """What the user chooses."""
 
-    ratio: float = required(RATIO_HELP)
-    form: str = option("shared", FORM_HELP, choices=FORMS)
     group: int = option(4, "consecutive experts that share a projection")
     down: bool = option(False, "share how experts write their output too")
     per_expert_rank: int = option(0, "cut every expert's matrix to this rank first; 0 does not")
@@ -72,8 +69,7 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
         UsageError: an option out of range.
         InputError: no rank removes the asked fraction.
     """
-    if not 0 <= options.damping < float("inf"):
-        raise UsageError(f"--damping {options.damping} should be at least 0")
+    check_damping(options.damping)
     if options.per_expert_rank < 0:
         raise UsageError(f"--per-expert-rank {options.per_expert_rank} should be at least 0")
 
@@ -102,8 +98,7 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
 
     return plan_experts(
         models,
-        form=options.form,
-        ratio=options.ratio,
+        options,
         entries_of=entries_of,
         params={"per_expert_rank": options.per_expert_rank, "damping": options.damping},
         memory=lambda sizes: 32 * max(sizes.hidden, sizes.width) ** 2,

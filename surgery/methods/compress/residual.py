@@ -23,13 +23,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...errors import InputError, UsageError
-from ..base import Draft, MethodInfo, option, required
-from ._lowrank import TARGETS_HELP
+from ..base import Draft, MethodInfo, option
+from ._options import check_damping
 from ._parts import (
     FORMS,
     LORA_HELP,
-    RATIO_HELP,
     Entry,
+    PartsOptions,
     Shape,
     largest_rank,
     plan_parts,
@@ -53,12 +53,10 @@ BITS = {"int8": 8, "int4": 4, "ternary": 2}
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(PartsOptions):
     """What the user chooses."""
 
-    ratio: float = required(RATIO_HELP)
     form: str = option("parts", LORA_HELP, choices=(*FORMS, "lora"))
-    targets: str = option("all", TARGETS_HELP)
     bits: str = option("int4", "what the matrix is rounded to", choices=tuple(BITS))
     group: int = option(64, "consecutive inputs that share a scale")
     rank: int = option(32, "rank of the residual at most; 0 stores none")
@@ -78,8 +76,7 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
         raise UsageError(
             f"--group {options.group} should be at least 1 and --rank {options.rank} at least 0"
         )
-    if not 0 <= options.damping < float("inf"):
-        raise UsageError(f"--damping {options.damping} should be at least 0")
+    check_damping(options.damping)
 
     def entry_of(shape: Shape, dtype: str) -> Entry | None:
         def make(rank: int) -> Entry:
@@ -102,9 +99,7 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
 
     return plan_parts(
         models,
-        form=options.form,
-        ratio=options.ratio,
-        targets=options.targets,
+        options,
         entry_of=entry_of,
         params={"bits": options.bits, "damping": options.damping},
         memory=64,

@@ -21,11 +21,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ...errors import UsageError
-from ..base import Draft, MethodInfo, option, required
+from ..base import Draft, MethodInfo, option
 from ._experts import (
-    FORM_HELP,
-    FORMS,
-    RATIO_HELP,
+    SharedOptions,
     delta_entries,
     matrices,
     plan_experts,
@@ -46,11 +44,9 @@ INFO = MethodInfo(
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(SharedOptions):
     """What the user chooses."""
 
-    ratio: float = required(RATIO_HELP)
-    form: str = option("shared", FORM_HELP, choices=FORMS)
     rounds: int = option(100, "alternations between alignment and centre at most")
 
 
@@ -66,8 +62,7 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
     refuse_biases(models)
     return plan_experts(
         models,
-        form=options.form,
-        ratio=options.ratio,
+        options,
         entries_of=lambda model, sizes: delta_entries(model, sizes, options.ratio),
         params={"rounds": options.rounds},
         memory=lambda sizes: 8 * sizes.numbers + 64 * max(sizes.hidden, sizes.width) ** 2,

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..base import Draft, MethodInfo, option
 from ._lowrank import write_lowrank
-from ._ranked import RankOptions, decided_ranks, plan_ranked
+from ._ranked import RankOptions, decided_ranks, plan_ranked, settle_at_ranks
 
 if TYPE_CHECKING:
     from ...architectures.model import Model
@@ -65,9 +65,7 @@ def decide_from_weights(
     return found or {}
 
 
-def settle(models: Sequence[Model], options: Options, decisions: dict[str, Any]) -> Draft | None:
-    """The output at the decided ranks."""
-    return plan(models, options, decisions) if decisions else None
+settle = settle_at_ranks(plan)
 
 
 def transform(work: Work) -> dict[str, object]:

@@ -21,10 +21,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ...errors import UsageError
 from ..base import Draft, MethodInfo, option
 from ._lowrank import write_lowrank
-from ._ranked import RankOptions, decided_ranks, plan_ranked
+from ._options import check_damping
+from ._ranked import RankOptions, decided_with_text, plan_ranked, settle_at_ranks
 
 if TYPE_CHECKING:
     import torch
@@ -61,8 +61,7 @@ def plan(
     Raises:
         UsageError: an option out of range.
     """
-    if not 0 <= options.damping < float("inf"):
-        raise UsageError(f"--damping {options.damping} should be at least 0")
+    check_damping(options.damping)
     return plan_ranked(models, options, {"damping": options.damping}, decisions, memory=40)
 
 
@@ -70,7 +69,6 @@ def decide_from_weights(
     model: Model, options: Options, statistics: Grams, weights: Weights, seed: int
 ) -> dict[str, Any]:
     """How many inputs each layer's matrices sum; ranks by the losses on outputs, where they are not uniform."""
-    from ...calibration.gram_folder import layer_statistics
     from ...linalg.lowrank import singular_values
     from ...linalg.whitening import whitened_values
 
@@ -80,16 +78,10 @@ def decide_from_weights(
             return singular_values(matrix_MN)
         return whitened_values(matrix_MN, gram_NN, damping=options.damping)
 
-    decided: dict[str, Any] = dict(layer_statistics(statistics, model))
-    for layer, found in (decided_ranks(model, options, weights, spectrum) or {}).items():
-        decided[layer].update(found)
-    return decided
+    return decided_with_text(model, options, statistics, weights, spectrum)
 
 
-def settle(models: Sequence[Model], options: Options, decisions: dict[str, Any]) -> Draft | None:
-    """The output at the decided ranks."""
-    ranked = {layer: found for layer, found in decisions.items() if "ranks" in found}
-    return plan(models, options, ranked) if ranked else None
+settle = settle_at_ranks(plan)
 
 
 def transform(work: Work) -> dict[str, object]:

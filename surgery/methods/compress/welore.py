@@ -28,7 +28,15 @@ from ...errors import InputError, UsageError
 from ..base import Draft, MethodInfo, option
 from ._allocate import RULE_HELP, RULES, thresholded
 from ._lowrank import choose, write_lowrank
-from ._ranked import RankOptions, by_layer, decided_ranks, grouped, index_of, plan_ranked
+from ._ranked import (
+    RankOptions,
+    by_layer,
+    decided_ranks,
+    grouped,
+    index_of,
+    plan_ranked,
+    settle_at_ranks,
+)
 
 if TYPE_CHECKING:
     from ...architectures.model import Model
@@ -115,9 +123,7 @@ def decide_from_weights(
     return {layer: {"threshold": threshold, **found} for layer, found in decided.items()}
 
 
-def settle(models: Sequence[Model], options: Options, decisions: dict[str, Any]) -> Draft | None:
-    """The output with the decided ranks."""
-    return plan(models, options, decisions) if decisions else None
+settle = settle_at_ranks(plan)
 
 
 def transform(work: Work) -> dict[str, object]:
