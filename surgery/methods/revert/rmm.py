@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...adapters.adapter import Module
@@ -24,12 +23,15 @@ from ...checkpoint.formats import PACK
 from ...checkpoint.layout import TensorSpec
 from ...checkpoint.region import Region
 from ...plan import Unit
-from ..base import Draft, Exactness, MethodInfo, required
+from ..base import Draft, Exactness, MethodInfo
+from ._task import TaskOptions as Options
 
 if TYPE_CHECKING:
     from ...execute import Work
     from ...linalg.factors import Factors
     from ...packs import Pack
+
+__all__ = ["INFO", "Options", "plan", "transform"]
 
 INFO = MethodInfo(
     summary="an adapter from a pack of basis and coefficients",
@@ -38,13 +40,6 @@ INFO = MethodInfo(
     data="none",
     takes="packs",
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What the user chooses."""
-
-    task: str = required("which input to take out, by its name in pack.json", metavar="NAME")
 
 
 def plan(packs: Sequence[Pack], options: Options) -> Draft:

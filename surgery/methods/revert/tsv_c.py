@@ -10,18 +10,20 @@ vocabulary was compared when the pack was made.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ...checkpoint.layout import TensorSpec
 from ...checkpoint.region import Region
 from ...plan import Unit, copy_unit
-from ..base import Draft, Exactness, MethodInfo, required
+from ..base import Draft, Exactness, MethodInfo
 from ..models.tsv_c import pieces
+from ._task import TaskOptions as Options
 
 if TYPE_CHECKING:
     from ...execute import Work
     from ...packs import Pack
+
+__all__ = ["INFO", "Options", "plan", "transform"]
 
 INFO = MethodInfo(
     summary="a model from a pack of low-rank changes",
@@ -30,13 +32,6 @@ INFO = MethodInfo(
     data="none",
     takes="packs",
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What the user chooses."""
-
-    task: str = required("which input to take out, by its name in pack.json", metavar="NAME")
 
 
 def plan(packs: Sequence[Pack], options: Options) -> Draft:

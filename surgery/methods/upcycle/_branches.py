@@ -1,9 +1,9 @@
-"""Several branches of one seed model: are they, their feed-forwards as experts, and the mean of everything else."""
+"""Several branches of one seed: are they, their feed-forwards as experts of a mixture, and the mean of the rest."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ...architectures.base import PROJECTIONS
@@ -12,7 +12,10 @@ from ...errors import InputError
 from ...plan import Unit
 from ...vocabulary import same_vocabulary
 from .._alike import same_settings, same_tensors
+from ..base import Draft, Exactness, option
 from . import _common as common
+from . import _routers as routers
+from ._routers import TextRouterOptions
 
 if TYPE_CHECKING:
     from ...architectures.model import Experts, Layer, Model
@@ -23,6 +26,53 @@ BLOCK = 4 << 20
 PIECE = 1 << 18
 """Elements that it holds at a time: larger ones leave the processor's cache, and what is freed of them stays with the
 allocator, so that memory would grow from run to run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BranchOptions:
+    """What the user chooses of a mixture with one expert from every branch, besides its routers."""
+
+    top_k: int = option(2, "experts each token selects")
+    target: str | None = option(
+        None, "MoE family to write; by default the one that fits the parents"
+    )
+
+
+def mixed(
+    models: Sequence[Model],
+    options: TextRouterOptions,
+    why: str,
+    *,
+    top_k: int,
+    target: str | None,
+    router_std: float = 1.0,
+    keep: Callable[[str, int | None], list[Unit]] | None = None,
+) -> Draft:
+    """The models as one mixture: feed-forwards as experts, with routers as the options say.
+
+    Args:
+        why: the reason that the mixture is another function than the first model, where they are not the same files.
+        top_k, target: as in :func:`_common.grow`.
+        router_std: of routers with random rows.
+        keep: as in :func:`_common.draft`.
+
+    Raises:
+        InputError: fewer than two models, or models that differ in more than their weights.
+        UsageError: counts or an option of the routers out of range.
+    """
+    count, notes = len(models), check(models)
+    common.check_counts(count, top_k, router_std)
+    routers.check(options, count, top_k)
+    mixture = common.grow(models[0], experts=count, top_k=top_k, target=target)
+
+    def fill(layer: Layer, found: Experts) -> tuple[list[Unit], common.Moves]:
+        units = [routers.unit(layer, found, options), *common.neutral_units(mixture, layer)]
+        return units, experts(models, layer, found)
+
+    same = common.identical_experts(mixture) if identical(models) else None
+    exactness = same or Exactness("approximate", why)
+    draft = common.draft(mixture, fill, exactness, keep=keep, notes=notes)
+    return routers.asking(draft, options, count)
 
 
 def check(models: Sequence[Model]) -> list[str]:

@@ -21,14 +21,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ...plan import Unit
-from ..base import Draft, Exactness, MethodInfo, option
+from ..base import Draft, MethodInfo
 from . import _branches as branches
 from . import _common as common
 from . import _routers as routers
+from ._branches import BranchOptions
 from ._routers import RouterOptions
 
 if TYPE_CHECKING:
-    from ...architectures.model import Experts, Layer, Model
+    from ...architectures.model import Model
     from ...execute import Work
 
 INFO = MethodInfo(
@@ -40,13 +41,8 @@ INFO = MethodInfo(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(RouterOptions):
+class Options(BranchOptions, RouterOptions):
     """What the user chooses."""
-
-    top_k: int = option(2, "experts each token selects")
-    target: str | None = option(
-        None, "MoE family to write; by default the one that fits the parents"
-    )
 
 
 def plan(models: Sequence[Model], options: Options) -> Draft:
@@ -56,24 +52,19 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
         InputError: fewer than two models, or models that differ in more than their weights.
         UsageError: counts out of range.
     """
-    first = models[0]
-    notes = branches.check(models)
-    common.check_counts(len(models), options.top_k, options.router_std)
-    routers.check(options, len(models), options.top_k)
-    mixture = common.grow(first, experts=len(models), top_k=options.top_k, target=options.target)
-
-    def fill(layer: Layer, experts: Experts) -> tuple[list[Unit], common.Moves]:
-        router = routers.unit(layer, experts, options)
-        return [router, *common.neutral_units(mixture, layer)], branches.experts(
-            models, layer, experts
-        )
 
     def keep(name: str, layer: int | None) -> list[Unit]:
-        return branches.averages(first.whole(name), len(models), layer)
+        return branches.averages(models[0].whole(name), len(models), layer)
 
-    exactness = _exactness(mixture, models)
-    draft = common.draft(mixture, fill, exactness, keep=keep, notes=notes)
-    return routers.asking(draft, options, len(models))
+    return branches.mixed(
+        models,
+        options,
+        "experts of different files are mixed, and attention and embeddings are their average",
+        top_k=options.top_k,
+        target=options.target,
+        router_std=options.router_std,
+        keep=keep,
+    )
 
 
 decide = routers.decide
@@ -85,12 +76,3 @@ def transform(work: Work) -> dict[str, object]:
     if done is not None:
         return done
     return branches.mean(work)
-
-
-def _exactness(mixture: common.Mixture, models: Sequence[Model]) -> Exactness:
-    if branches.identical(models):
-        return common.identical_experts(mixture)
-    return Exactness(
-        "approximate",
-        "experts of different files are mixed, and attention and embeddings are their average",
-    )

@@ -25,19 +25,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...errors import InputError
 from ...plan import Unit
-from ..base import Draft, Exactness, MethodInfo, option
+from ..base import Draft, MethodInfo
 from . import _branches as branches
 from . import _common as common
 from . import _routers as routers
+from ._branches import BranchOptions
 from ._routers import TextRouterOptions
 
 if TYPE_CHECKING:
-    from ...architectures.model import Experts, Layer, Model
-    from ...calibration.means import Means
+    from ...architectures.model import Model
     from ...execute import Work
 
 INFO = MethodInfo(
@@ -49,13 +49,8 @@ INFO = MethodInfo(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(TextRouterOptions):
+class Options(BranchOptions, TextRouterOptions):
     """What the user chooses."""
-
-    top_k: int = option(2, "experts each token selects")
-    target: str | None = option(
-        None, "MoE family to write; by default the one that fits the parents"
-    )
 
 
 def plan(models: Sequence[Model], options: Options) -> Draft:
@@ -65,33 +60,24 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
         InputError: fewer than two models, or models that differ in shapes or settings.
         UsageError: counts or temperature out of range.
     """
-    first, count = models[0], len(models)
-    notes = branches.check(models)
-    common.check_counts(count, options.top_k)
-    routers.check(options, len(models), options.top_k)
-    mixture = common.grow(first, experts=count, top_k=options.top_k, target=options.target)
-
-    def fill(layer: Layer, experts: Experts) -> tuple[list[Unit], common.Moves]:
-        units = [routers.unit(layer, experts, options), *common.neutral_units(mixture, layer)]
-        return units, branches.experts(models, layer, experts)
 
     def keep(name: str, layer: int | None) -> list[Unit]:
         return [
             replace(unit, id=unit.id.replace("mean.", "same.", 1), params={"part": "same"})
-            for unit in branches.averages(first.whole(name), count, layer)
+            for unit in branches.averages(models[0].whole(name), len(models), layer)
         ]
 
-    if branches.identical(models):
-        exactness = common.identical_experts(mixture)
-    else:
-        exactness = Exactness("approximate", "experts of different files are mixed")
-    draft = common.draft(mixture, fill, exactness, keep=keep, notes=notes)
-    return routers.asking(draft, options, len(models))
+    return branches.mixed(
+        models,
+        options,
+        "experts of different files are mixed",
+        top_k=options.top_k,
+        target=options.target,
+        keep=keep,
+    )
 
 
-def decide(model: Model, options: Options, statistics: Means, seed: int) -> dict[str, Any]:
-    """What the texts' tokens would select first, by layer; decides nothing else."""
-    return routers.decide(model, options, statistics, seed)
+decide = routers.decide
 
 
 def transform(work: Work) -> dict[str, object]:
