@@ -1,13 +1,16 @@
-"""``moesurg inspect``: what a checkpoint is, from its headers."""
+"""``moesurg inspect``: what a folder is, from its headers."""
 
 from __future__ import annotations
 
 import shlex
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import inspect_analysis
+from moesurg.surgery.adapters.packing import LAYOUTS
+from moesurg.surgery.errors import UsageError
+
+from . import inspect_analysis, inspect_folders
 from . import options as shared
 from .output import Reporter, emit, facts, in_bytes, in_number, table
 
@@ -15,29 +18,90 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+Sources = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="SOURCE...",
+        help="What to tell of: folders of models, adapters, packs or several of them, or Hub ids owner/name with an "
+        "optional @revision.",
+        show_default=False,
+    ),
+]
+Weights = Annotated[
+    bool,
+    typer.Option(
+        "--weights",
+        "-w",
+        help="Read adapters' factors: norm, effective rank and dead ranks of each change, and of several adapters "
+        "the cosines between them.",
+    ),
+]
+ExpertLayout = Annotated[
+    str | None,
+    typer.Option(
+        "--expert-layout",
+        metavar="|".join(LAYOUTS),
+        help="With --weights, how stacked experts' second factors are stored, where it cannot be told.",
+        show_default=False,
+    ),
+]
+
+
 def inspect(
-    source: shared.Source,
+    sources: Sources,
+    weights: Weights = False,
+    expert_layout: ExpertLayout = None,
     calibration: shared.Calibration = None,
     as_json: shared.Json = False,
     quiet: shared.Quiet = False,
 ) -> None:
-    """Tell family, sizes, experts and router of a checkpoint, and what can be done with it.
+    """Tell what models, adapters, packs and folders of several are, and what can be done with them.
 
-    Reads config and headers only, and checks them completely: every tensor the config promises is there, has
-    its shape, and no other is. Of an output with model code of moesurg, which parts are not stock, and in which forms.
-    With `--calibration`, statistics of its experts from `moesurg calibrate` tell how evenly they are used, how alike
-    they are in router rows, weights and outputs, which pairs would merge well, how long routing stays with the same
-    experts (with `calibrate --trace`), and how stable each pruning score is under half of the text. This reads the
-    experts' weights once.
+    Reads configs and headers only, and checks them completely: every tensor that is promised is there, has
+    its shape, and no other is. Of a model, family, sizes, experts and router, and of an output with model code of
+    moesurg, which parts are not stock, and in which forms. Of an adapter, its base, modules, ranks, scales and what
+    it saves in full. Of a pack, what can be taken out of it, and error against size. Of a shelf, a sweep or any
+    folder of such folders, a line for each, and of a mixture of adapters how it is called and whether it is trained.
+    With `--calibration`, statistics of a mixture's experts from `moesurg calibrate` tell how evenly they are used, how
+    alike they are in router rows, weights and outputs, which pairs would merge well, how long routing stays with the
+    same experts (with `calibrate --trace`), and how stable each pruning score is under half of the text. This reads
+    the experts' weights once.
     """
-    from moesurg.surgery import inspection
+    from moesurg.surgery import inspecting
 
+    if expert_layout is not None and expert_layout not in LAYOUTS:
+        raise UsageError(
+            f"--expert-layout {expert_layout!r} is no layout",
+            hint=f"it is one of {', '.join(LAYOUTS)}",
+        )
     with Reporter(quiet=quiet) as progress:
-        record = inspection.inspect(source, calibration, progress)
+        record = inspecting.inspect(
+            sources,
+            calibration=calibration,
+            weights=weights,
+            layout=expert_layout,
+            progress=progress,
+        )
     emit(record, as_json=as_json, human=lambda console: _show(console, record))
 
 
 def _show(console: Console, record: dict[str, Any]) -> None:
+    if "sources" in record:
+        for inner in record["sources"]:
+            _show(console, inner)
+            console.print()
+        if "cosines" in record:
+            names = [str(inner["source"]) for inner in record["sources"]]
+            console.print(inspect_folders.cosines(names, record["cosines"]))
+        return
+    show = {"adapter": inspect_folders.adapter, "pack": inspect_folders.pack, "model": _model}
+    show.get(record["format"], inspect_folders.several)(console, record)
+    if "provenance" in record:
+        console.print("made by moesurg:")
+        console.print(facts(_origin(record["provenance"])))
+
+
+def _model(console: Console, record: dict[str, Any]) -> None:
     console.print(facts(_rows(record)))
     components = record["parameters"]["components"]
     found = table("component", "parameters", "share", right=("parameters", "share"))
@@ -50,9 +114,6 @@ def _show(console: Console, record: dict[str, Any]) -> None:
         console.print(_layers(record["per_layer"]))
     if "analysis" in record:
         inspect_analysis.show(console, record["analysis"])
-    if "provenance" in record:
-        console.print("made by moesurg:")
-        console.print(facts(_origin(record["provenance"])))
 
 
 def _rows(record: dict[str, Any]) -> dict[str, str]:

@@ -1,37 +1,20 @@
-"""What a checkpoint is, told from its config and headers alone: nothing is instantiated, no weight is read."""
+"""What a model is, told from its config and headers alone: nothing is instantiated, no weight is read."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from . import methods
 from .architectures import families
 from .architectures.base import Family, RouterRule
 from .architectures.config import Config
 from .architectures.model import Layer, Model
-from .checkpoint.header import read_json
+from .checkpoint.formats import MODEL
 from .checkpoint.hub import resolve
-from .checkpoint.reader import contained
-from .custom import CustomModel, is_custom_folder
+from .custom import is_custom_folder
 from .errors import InputError
+from .inspection_facts import count, dtypes, provenance, shards
 from .progress import Progress, Silent
-
-REPORT = "report.json"
-PROVENANCE = (
-    "moesurg",
-    "operation",
-    "method",
-    "options",
-    "seed",
-    "command",
-    "sources",
-    "tier",
-    "exactness",
-    "fingerprint",
-)
-"""Keys of our report that say where a folder came from."""
 
 COMPONENTS = (
     "embedding",
@@ -48,9 +31,12 @@ COMPONENTS = (
 
 
 def inspect(
-    source: str, calibration: Path | None = None, progress: Progress | None = None
+    source: str,
+    calibration: Path | None = None,
+    progress: Progress | None = None,
+    folder: Path | None = None,
 ) -> dict[str, object]:
-    """The facts of a checkpoint.
+    """The facts of a model.
 
     Parameters active per token count the embedding and the head whole, as published figures do, and of the
     routed experts the share that a token selects. A tied head is not counted twice.
@@ -59,11 +45,12 @@ def inspect(
         source: a folder or a Hub id.
         calibration: a statistics folder of this model, to say more of its experts; reads their weights, too.
         progress: told of that reading.
+        folder: where the source lies, if that is known.
 
     Raises:
         InputError: the checkpoint is bad or unsupported, as `Model.open` finds it.
     """
-    folder = resolve(source)
+    folder = resolve(source) if folder is None else folder
     if is_custom_folder(folder):
         from .inspection_custom import inspect_custom
 
@@ -77,6 +64,7 @@ def inspect(
         active += routed * model.rule.top_k // model.experts
         active -= sum(_idle_attention(model, layer) for layer in model.layers)
     record: dict[str, object] = {
+        "format": MODEL.name,
         "source": source,
         "folder": str(model.folder),
         "family": model.family.model_type,
@@ -90,10 +78,10 @@ def inspect(
             "active_per_token": active,
             "components": {name: counts[name] for name in COMPONENTS if counts[name]},
         },
-        "dtypes": _dtypes(model),
+        "dtypes": dtypes(model.checkpoint),
         "bytes": sum(info.nbytes for info in model.checkpoint.tensors.values()),
         "tensors": len(model.checkpoint.tensors),
-        "shards": _shards(model),
+        "shards": shards(model.checkpoint),
     }
     if model.is_moe:
         record["moe"] = _moe(model)
@@ -113,9 +101,9 @@ def inspect(
         if not model.is_moe:
             raise InputError(f"{model.folder}: {model.family.model_type} has no experts to analyse")
         record["analysis"] = analyse(model, Statistics.open(calibration), progress or Silent())
-    provenance = _provenance(model)
-    if provenance is not None:
-        record["provenance"] = provenance
+    origin = provenance(model.folder)
+    if origin is not None:
+        record["provenance"] = origin
     return record
 
 
@@ -174,7 +162,7 @@ def _component_counts(model: Model) -> dict[str, int]:
     tensors, component = model.checkpoint.tensors, _components(model)
     counts = dict.fromkeys(COMPONENTS, 0)
     for name, info in tensors.items():
-        counts[component.get(name, "other")] += _count(info.shape)
+        counts[component.get(name, "other")] += count(info.shape)
     return counts
 
 
@@ -199,26 +187,6 @@ def _layer_components(layer: Layer) -> dict[str, str]:
         else:
             found[name] = "norms" if "norm" in name.rsplit(".", 2)[-2] else "attention"
     return found
-
-
-def _dtypes(model: Model | CustomModel) -> dict[str, dict[str, int]]:
-    found: dict[str, dict[str, int]] = {}
-    for info in model.checkpoint.tensors.values():
-        row = found.setdefault(info.dtype, {"tensors": 0, "parameters": 0, "bytes": 0})
-        row["tensors"] += 1
-        row["parameters"] += _count(info.shape)
-        row["bytes"] += info.nbytes
-    return dict(sorted(found.items()))
-
-
-def _shards(model: Model | CustomModel) -> list[dict[str, object]]:
-    held = dict.fromkeys(model.checkpoint.files, 0)
-    for info in model.checkpoint.tensors.values():
-        held[info.file] += 1
-    return [
-        {"file": path.name, "bytes": path.stat().st_size, "tensors": count}
-        for path, count in held.items()
-    ]
 
 
 def _moe(model: Model) -> dict[str, object]:
@@ -295,7 +263,7 @@ def _targets(model: Model) -> list[dict[str, object]]:
 def _layer_row(model: Model, layer: Layer) -> dict[str, object]:
     component = _layer_components(layer)
     counted = [name for name in layer.names if component[name] != "other"]
-    sizes = {name: _count(model.checkpoint.tensors[name].shape) for name in counted}
+    sizes = {name: count(model.checkpoint.tensors[name].shape) for name in counted}
     row: dict[str, object] = {"layer": layer.index, "kind": "dense", "experts": 0, "top_k": 0}
     total = sum(sizes.values())
     active = total
@@ -318,22 +286,5 @@ def _layer_row(model: Model, layer: Layer) -> dict[str, object]:
 def _idle_attention(model: Model, layer: Layer) -> int:
     """Parameters of a layer's attention that belong to experts which a token does not select."""
     names = [layer.prefix + name for name in model.family.attention_experts]
-    routed = sum(_count(model.checkpoint.tensors[name].shape) for name in names)
+    routed = sum(count(model.checkpoint.tensors[name].shape) for name in names)
     return routed - routed * model.rule.top_k // model.experts if routed else 0
-
-
-def _provenance(model: Model | CustomModel) -> dict[str, Any] | None:
-    """What our own report in the folder says of its origin, if there is one."""
-    if not (model.folder / REPORT).is_file():
-        return None
-    report: Mapping[str, Any] = read_json(contained(model.folder, REPORT))
-    if not isinstance(report.get("fingerprint"), str):
-        return None  # somebody else's report.json
-    return {key: report[key] for key in PROVENANCE if key in report}
-
-
-def _count(shape: Iterable[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count

@@ -10,10 +10,12 @@ from typing import Any
 from . import inspection as facts
 from .architectures.config import Config
 from .architectures.model import Model, expected_shapes
+from .checkpoint.formats import MODEL
 from .checkpoint.header import TensorInfo
 from .checkpoint.reader import Checkpoint
 from .custom import CustomModel
 from .errors import InputError, MoesurgError
+from .inspection_facts import dtypes, provenance, shards
 from .methods import load, methods
 from .modeling import PREFIX
 
@@ -37,6 +39,7 @@ def inspect_custom(source: str, folder: Path, calibration: Path | None) -> dict[
     counts = components(model, facts._components(stock))
     total = sum(count for component, count in counts.items() if component != "other")
     record: dict[str, object] = {
+        "format": MODEL.name,
         "source": source,
         "folder": str(folder),
         "family": model.label,
@@ -52,10 +55,10 @@ def inspect_custom(source: str, folder: Path, calibration: Path | None) -> dict[
             "components": {name: counts[name] for name in facts.COMPONENTS if counts.get(name)},
         },
         "parts": parts(model),
-        "dtypes": facts._dtypes(model),
+        "dtypes": dtypes(model.checkpoint),
         "bytes": sum(info.nbytes for info in model.checkpoint.tensors.values()),
         "tensors": len(model.checkpoint.tensors),
-        "shards": facts._shards(model),
+        "shards": shards(model.checkpoint),
         "methods": [
             {"command": method.command, "name": method.name, "summary": method.info.summary}
             for method in methods()
@@ -64,9 +67,9 @@ def inspect_custom(source: str, folder: Path, calibration: Path | None) -> dict[
     }
     if stock.is_moe:
         record["moe"] = {**facts._moe(stock), "layout": "custom"}
-    provenance = facts._provenance(model)
-    if provenance is not None:
-        record["provenance"] = provenance
+    origin = provenance(folder)
+    if origin is not None:
+        record["provenance"] = origin
     return record
 
 

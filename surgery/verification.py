@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from . import shelves
 from .adapters.adapter import Adapter
 from .architectures.model import Model
-from .checkpoint.formats import ADAPTER, PACK, SHELF, format_of
+from .checkpoint.formats import ADAPTER, PACK, format_of
 from .checkpoint.header import read_json
 from .checkpoint.hub import resolve
 from .checkpoint.reader import Checkpoint, TensorReader, contained, file_digest, open_checkpoint
@@ -57,9 +58,9 @@ def verify(
     _files(path, report, progress)
     try:
         if format_of(path).member is not None:
-            members = [open_source(path / name) for name in _members(path)]
+            members = [open_source(path / name) for name in shelves.members(path)]
             checkpoints = [member.checkpoint for member in members]
-            checkpoints += [open_checkpoint(path / name, ADAPTER) for name in _router(path)]
+            checkpoints += [open_checkpoint(path / name, ADAPTER) for name in shelves.router(path)]
         else:
             members = [open_source(path)] if report["tier"] != "custom" else []
             checkpoints = [member.checkpoint for member in members] or [open_checkpoint(path)]
@@ -157,35 +158,9 @@ def _member_file(path: Path, name: str) -> Path:
     folder, _, leaf = name.rpartition("/")
     if not folder:
         return contained(path, name)
-    if folder not in [*_members(path), *_router(path)]:
+    if folder not in [*shelves.members(path), *shelves.router(path)]:
         raise InputError(f"{path}: file name {name!r} is in no folder of this output")
     return contained(path / folder, leaf)
-
-
-def _router(path: Path) -> list[str]:
-    """The folder of a shelf's router, if it has one of its own."""
-    named = read_json(contained(path, SHELF)).get("router_folder")
-    if named is None:
-        return []
-    if not isinstance(named, str):
-        raise InputError(f"{path / SHELF}: router_folder should be a name")
-    return [_folder(path, named)]
-
-
-def _members(path: Path) -> list[str]:
-    """The folders of a shelf, from its own list."""
-    listed = read_json(contained(path, SHELF)).get("members")
-    if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed):
-        raise InputError(f"{path / SHELF}: members should be an object")
-    return sorted(_folder(path, name) for name in listed)
-
-
-def _folder(path: Path, name: str) -> str:
-    if name in ("", ".", "..") or any(character in name for character in "/\\:\0"):
-        raise InputError(f"{path / SHELF}: {name!r} is no name of a folder in it")
-    if (path / name).is_symlink() or not (path / name).is_dir():
-        raise InputError(f"{path}: folder {name!r} is missing")
-    return name
 
 
 def _weights(checkpoint: Checkpoint, progress: Progress) -> None:

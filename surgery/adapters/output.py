@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from ..checkpoint.layout import TensorSpec
 from ..checkpoint.region import Region
@@ -23,6 +23,13 @@ if TYPE_CHECKING:
 
 WIDTHS = ("F16", "BF16", "F32", "F64")
 """Floating types, the widest last; BF16 and F16 together need F32."""
+
+
+class Reads(Protocol):
+    """What factors are read through: a unit's work, or the weights of a run's sources."""
+
+    def read(self, region: Region) -> torch.Tensor:
+        """A region as float32, or float64 where it is stored so."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +174,7 @@ def config_of(
 
 
 def read_factors(
-    work: Work, module: Module, *, source: int, layout: str = "peft", balanced: bool = True
+    work: Reads, module: Module, *, source: int, layout: str = "peft", balanced: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Factors with the scale folded in: B A is the change of the weight.
 

@@ -104,7 +104,10 @@ USAGE = [
     ["calibrate", "x"],
     ["eval", "x", "--seq-len", "1"],
     ["verify"],
-    ["inspect", "x", "y"],
+    ["inspect", "x", "y", "--calibration", "c"],
+    ["inspect", "x", "--expert-layout", "peft"],
+    ["inspect", "x", "--weights", "--expert-layout", "other"],
+    ["verify", "x", "y"],
 ]
 
 
@@ -147,10 +150,10 @@ def test_a_source_that_is_not_there_is_three(command: str, call_cli: Cli, tmp_pa
 def test_every_failure_has_its_code_and_its_sentence(
     monkeypatch: pytest.MonkeyPatch, call_cli: Cli, raised: BaseException, code: int
 ) -> None:
-    def fail(*_: object) -> dict[str, object]:
+    def fail(*_: object, **__: object) -> dict[str, object]:
         raise raised
 
-    monkeypatch.setattr("moesurg.surgery.inspection.inspect", fail)
+    monkeypatch.setattr("moesurg.surgery.inspecting.inspect", fail)
     found = call_cli("inspect", "x")
     assert found.code == code
     assert found.out == ""
@@ -165,10 +168,10 @@ def test_every_failure_has_its_code_and_its_sentence(
 def test_an_error_is_one_line_with_markup_as_text(
     monkeypatch: pytest.MonkeyPatch, call_cli: Cli
 ) -> None:
-    def fail(*_: object) -> dict[str, object]:
+    def fail(*_: object, **__: object) -> dict[str, object]:
         raise InputError("shape [2, 3]\nis not [bold]", hint="look at [red]x[/red]")
 
-    monkeypatch.setattr("moesurg.surgery.inspection.inspect", fail)
+    monkeypatch.setattr("moesurg.surgery.inspecting.inspect", fail)
     found = call_cli("inspect", "x")
     assert found.err == "error: shape [2, 3] is not [bold]\nhint: look at [red]x[/red]\n"
 
@@ -221,8 +224,8 @@ def test_no_color_means_no_escape_even_on_a_terminal(tmp_path: Path) -> None:
 def test_ctrl_c_before_any_work_is_130() -> None:
     script = (
         "import os, signal, sys\n"
-        "import moesurg.surgery.inspection as inspection\n"
-        "inspection.inspect = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n"
+        "import moesurg.surgery.inspecting as inspection\n"
+        "inspection.inspect = lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)\n"
         "from moesurg.commands.app import main\n"
         "sys.exit(main(['inspect', 'x']))\n"
     )

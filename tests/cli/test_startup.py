@@ -79,7 +79,10 @@ def test_inspecting_and_planning_read_headers_without_torch(
     folder = str(checkpoint("qwen3_moe"))
     plan = ["merge", folder, "--method", "m-smoe", "--experts", "4", "--dry-run"]
     prune = ["prune", folder, "--method", "naee", "--experts", "4", "--dry-run"]
-    for arguments in (["inspect", folder], plan, prune):
+    adapter, shelf = str(checkpoint("adapter")), str(checkpoint("adapter").parent)
+    pack = str(checkpoint("pack", method="rmm", basis=1, allow_larger=True))
+    told = [["inspect", source] for source in (folder, adapter, shelf, pack)]
+    for arguments in (*told, plan, prune):
         code, modules, _ = probe(*arguments)
         assert code == 0
         assert modules.isdisjoint({"torch", "transformers"})
