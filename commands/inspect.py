@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 Sources = Annotated[
     list[str],
     typer.Argument(
-        metavar="SOURCE...",
-        help="What to tell of: folders of models, adapters, packs or several of them, or Hub ids owner/name with an "
-        "optional @revision.",
+        metavar="SOURCE",
+        help="What to tell of: folders of models, adapters, packs, statistics or several of these, or Hub ids "
+        "owner/name with an optional @revision.",
         show_default=False,
     ),
 ]
@@ -55,13 +55,20 @@ def inspect(
     as_json: shared.Json = False,
     quiet: shared.Quiet = False,
 ) -> None:
-    """Tell what models, adapters, packs and folders of several are, and what can be done with them.
+    """Tell what models, adapters, packs, statistics and folders of several are, and what can be done with them.
 
-    Reads configs and headers only, and checks them completely: every tensor that is promised is there, has
-    its shape, and no other is. Of a model, family, sizes, experts and router, and of an output with model code of
-    moesurg, which parts are not stock, and in which forms. Of an adapter, its base, modules, ranks, scales and what
-    it saves in full. Of a pack, what can be taken out of it, and error against size. Of a shelf, a sweep or any
-    folder of such folders, a line for each, and of a mixture of adapters how it is called and whether it is trained.
+    Reads configs and headers only, and checks them completely: every tensor that is promised is there, has its
+    shape, and no other is.
+
+    Of a model: family, sizes, experts and router; of an output with model code of moesurg, which parts are not stock.
+
+    Of an adapter: its base, modules, ranks, scales and what it saves in full. With `--weights`, how large each change
+    is and how many of its ranks it uses, and of several adapters of one base how alike they are.
+
+    Of a pack: what can be taken out of it, and error against size. Of statistics: the model and text they are of.
+
+    Of a shelf, a sweep or any folder of such folders: a line for each, and how a mixture of adapters is called.
+
     With `--calibration`, statistics of a mixture's experts from `moesurg calibrate` tell how evenly they are used, how
     alike they are in router rows, weights and outputs, which pairs would merge well, how long routing stays with the
     same experts (with `calibrate --trace`), and how stable each pruning score is under half of the text. This reads
@@ -94,7 +101,12 @@ def _show(console: Console, record: dict[str, Any]) -> None:
             names = [str(inner["source"]) for inner in record["sources"]]
             console.print(inspect_folders.cosines(names, record["cosines"]))
         return
-    show = {"adapter": inspect_folders.adapter, "pack": inspect_folders.pack, "model": _model}
+    show = {
+        "model": _model,
+        "adapter": inspect_folders.adapter,
+        "pack": inspect_folders.pack,
+        "statistics": inspect_folders.statistics,
+    }
     show.get(record["format"], inspect_folders.several)(console, record)
     if "provenance" in record:
         console.print("made by moesurg:")

@@ -59,6 +59,27 @@ def pack(console: Console, record: Record) -> None:
         console.print(found)
 
 
+def statistics(console: Console, record: Record) -> None:
+    """Of which model and text, and which methods they are for."""
+    model, text = record["model"], record["text"]
+    domains = ", ".join(f"{item['name']} {item['tokens']:,}" for item in text["domains"])
+    rows = {
+        "statistics": record["folder"],
+        "of": f"{record['of']} in layers {_runs(record['layers'])}",
+        "model": f"{model['model_type']}, hidden {model['hidden']}, SHA-256 {model['sha256']}",
+        "text": f"{text['tokens']:,} tokens in sequences of {text['seq_len']}: {domains}",
+        "stored": f"{in_bytes(record['bytes'])}, {record['tensors']} tensors",
+    }
+    if "experts" in record:
+        rows["experts"] = f"{record['experts']}, {record['top_k']} per token"
+    rows["holds"] = ", ".join(
+        f"{key.replace('_', ' ')} {_said(value)}" for key, value in record["holds"].items()
+    )
+    names = [f"{method['command']} {method['name']}" for method in record["methods"]]
+    rows["for"] = f"--calibration of {', '.join(names)}"
+    console.print(facts(rows))
+
+
 def several(console: Console, record: Record) -> None:
     """What a list of folders says of them, and a line for each."""
     rows = {record["format"]: record["folder"]}
@@ -73,17 +94,13 @@ def several(console: Console, record: Record) -> None:
         )
     console.print(facts(rows))
     if record["members"]:
-        found = table("folder", "is", "what", "bytes", "listed", right=("bytes",))
+        listed = ["listed"] if any(member["facts"] for member in record["members"]) else []
+        found = table("folder", "is", "what", "bytes", *listed, right=("bytes",))
         for member in record["members"]:
             inner = member["record"]
             said = ", ".join(f"{key} {_said(value)}" for key, value in member["facts"].items())
-            found.add_row(
-                member["folder"],
-                inner["format"],
-                sentence(inner),
-                in_bytes(inner["bytes"]),
-                said.replace("_", " "),
-            )
+            row = (member["folder"], inner["format"], sentence(inner), in_bytes(inner["bytes"]))
+            found.add_row(*row, *([said.replace("_", " ")] if listed else []))
         console.print(found)
     if "cosines" in record:
         names = [
@@ -114,7 +131,11 @@ def sentence(record: Record) -> str:
     if record["format"] == "pack":
         return f"{record['kind']} of {', '.join(task['name'] for task in record['tasks'])}"
     if "members" in record:
-        return f"{len(record['members'])} folders"
+        names = ", ".join(member["folder"] for member in record["members"])
+        router = record["listed"].get("router")
+        return (f"{router} of " if router else "") + (names or record["router"]["folder"])
+    if record["format"] == "statistics":
+        return f"{record['of']} of a {record['model']['model_type']}, {record['text']['tokens']:,} tokens"
     text = f"{record['class']}, {in_number(record['parameters']['total'])} parameters"
     if "moe" in record:
         text += f", {record['moe']['experts']} experts"

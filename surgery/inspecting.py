@@ -8,14 +8,18 @@ from typing import Any
 
 from . import inspection, shelves
 from .adapters.adapter import Adapter
+from .calibration.statistics import JSON_FILE
+from .checkpoint.commit import STAGED
 from .checkpoint.formats import ADAPTER, MODEL, PACK, SHELF, format_of
 from .checkpoint.header import read_json
 from .checkpoint.hub import resolve
 from .checkpoint.reader import contained, open_checkpoint
 from .errors import InputError, UsageError
 from .inspection_adapter import inspect_adapter
-from .inspection_facts import count, provenance
+from .inspection_facts import count, natural, provenance
 from .inspection_pack import inspect_pack
+from .inspection_statistics import FORMAT as STATISTICS
+from .inspection_statistics import inspect_statistics
 from .progress import Progress, Silent
 from .sweep import MANIFEST
 
@@ -23,8 +27,9 @@ Record = dict[str, Any]
 
 MARKS = (PACK.config, SHELF, ADAPTER.config, MODEL.config)
 """Files that tell what a folder is."""
-HELD = (*MARKS, MANIFEST, MODEL.single, MODEL.index, ADAPTER.single)
-"""Files by which a folder claims to be something, complete or not."""
+CLAIMS = (*MARKS, MODEL.single, MODEL.index, ADAPTER.single)
+"""Files by which a folder claims to be of a format, complete or not."""
+HELD = (*CLAIMS, MANIFEST, JSON_FILE)
 
 
 def inspect(
@@ -79,12 +84,15 @@ def _inspect(source: str, folder: Path, calibration: Path | None, progress: Prog
         return inspect_adapter(source, folder)
     if found == PACK.name:
         return inspect_pack(source, folder)
+    if found == STATISTICS:
+        return inspect_statistics(source, folder)
     return _of_folders(source, folder, found, progress)
 
 
 def _a(found: str) -> str:
     """A kind of folder with its article."""
-    names = {"adapter": "an adapter", "pack": "a pack", "sweep": "a sweep", "folders": "a folder"}
+    names = {"adapter": "an adapter", "folders": "a folder of several", STATISTICS: "statistics"}
+    names |= {"pack": "a pack", "sweep": "a sweep"}
     return names.get(found, "a shelf")
 
 
@@ -94,10 +102,17 @@ def _what(folder: Path) -> str:
     Raises:
         InputError: nothing that is known.
     """
-    if any((folder / name).exists() for name in HELD if name != MANIFEST):
+    if folder.name.endswith(STAGED):
+        raise InputError(
+            f"{folder}: is what a run has written so far, and no output yet",
+            hint="the command of that run with --resume finishes it",
+        )
+    if any((folder / name).exists() for name in CLAIMS):
         return format_of(folder).name
     if (folder / MANIFEST).exists():
         return "sweep"
+    if (folder / JSON_FILE).exists():
+        return STATISTICS
     if _inner(folder):
         return "folders"
     weights = any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
@@ -109,16 +124,13 @@ def _what(folder: Path) -> str:
 
 
 def _inner(folder: Path) -> list[str]:
-    """Folders directly below that claim to be something, sorted; links and hidden ones are left aside."""
+    """Folders directly below that claim to be something, sorted; links, hidden and unfinished ones are left aside."""
     try:
-        below = sorted(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink())
+        below = [path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()]
     except OSError as error:
         raise InputError(f"{folder}: cannot be read ({error.strerror})") from error
-    return [
-        path.name
-        for path in below
-        if not path.name.startswith(".") and any((path / name).exists() for name in HELD)
-    ]
+    names = [path.name for path in below if any((path / name).exists() for name in HELD)]
+    return sorted((name for name in names if name[0] != "." and STAGED not in name), key=natural)
 
 
 def _of_folders(source: str, folder: Path, found: str, progress: Progress) -> Record:
@@ -149,7 +161,7 @@ def _of_folders(source: str, folder: Path, found: str, progress: Progress) -> Re
         "folder": str(folder),
         "listed": listed,
         "members": members,
-        "parameters": {"total": sum(record["parameters"]["total"] for record in records)},
+        "parameters": {"total": sum(_parameters(record) for record in records)},
         "bytes": sum(record["bytes"] for record in records),
         "tensors": sum(record["tensors"] for record in records),
     }
@@ -159,6 +171,12 @@ def _of_folders(source: str, folder: Path, found: str, progress: Progress) -> Re
     if origin is not None:
         row["provenance"] = origin
     return row
+
+
+def _parameters(record: Record) -> int:
+    """Parameters of a record; statistics are none."""
+    total: int = record["parameters"]["total"] if "parameters" in record else 0
+    return total
 
 
 def _router(folder: Path, name: str) -> dict[str, Any]:

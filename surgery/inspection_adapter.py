@@ -10,7 +10,7 @@ from typing import Any
 
 from .adapters.adapter import Adapter, Module
 from .checkpoint.formats import ADAPTER
-from .inspection_facts import count, dtypes, provenance, shards
+from .inspection_facts import count, dtypes, natural, provenance, shards
 from .methods import methods
 
 
@@ -25,7 +25,7 @@ def inspect_adapter(source: str, folder: Path) -> dict[str, Any]:
     """
     adapter = Adapter.open(folder)
     config = adapter.config
-    modules = sorted(adapter.modules.values(), key=lambda module: _natural(module.name))
+    modules = sorted(adapter.modules.values(), key=lambda module: natural(module.name))
     rows = [_row(adapter, module) for module in modules]
     full = [
         {
@@ -80,11 +80,6 @@ def inspect_adapter(source: str, folder: Path) -> dict[str, Any]:
     if origin is not None:
         record["provenance"] = origin
     return record
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """A key that sorts layer 2 before layer 10."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
 
 
 def leaf(name: str) -> str:

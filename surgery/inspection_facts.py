@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from .checkpoint.header import read_json
 from .checkpoint.reader import Checkpoint, contained
 
+_NUMBER = re.compile(r"([0-9]+)")
 REPORT = "report.json"
 PROVENANCE = (
     "moesurg",
@@ -55,6 +57,11 @@ def provenance(folder: Path) -> dict[str, Any] | None:
     if not isinstance(report.get("fingerprint"), str):
         return None  # somebody else's report.json
     return {key: report[key] for key in PROVENANCE if key in report}
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """A key by which layer 2 comes before layer 10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in _NUMBER.split(name)]
 
 
 def count(shape: Iterable[int]) -> int:

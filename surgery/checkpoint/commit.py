@@ -42,6 +42,8 @@ REPORT = "report.json"
 PRIVATE = frozenset({JOURNAL, PLAN})
 """Files of the staging folder that never reach the output."""
 
+STAGED = ".moesurg-tmp"
+"""What the folder of a run that is not finished ends in."""
 FLUSH_SECONDS = 1.0
 FLUSH_RECORDS = 256
 
@@ -65,11 +67,11 @@ class Staging:
         self.output = Path(os.path.realpath(output))
         if not self.output.name:
             raise InputError(f"the output {self.output} is the root of a file system")
-        self.path = self.output.with_name(self.output.name + ".moesurg-tmp")
+        self.path = self.output.with_name(self.output.name + STAGED)
         self.finished: dict[str, dict[str, Any]] = {}
         self.complete = False
         self._lock_path = self.output.with_name(self.output.name + ".moesurg-lock")
-        self._aside = self.output.with_name(self.output.name + ".moesurg-tmp-old")
+        self._aside = self.output.with_name(self.output.name + STAGED + "-old")
         # As it will be read back: lists for tuples, text for keys.
         self._fingerprint: dict[str, Any] = json.loads(json.dumps(fingerprint))
         self._force = force

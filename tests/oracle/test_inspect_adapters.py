@@ -297,11 +297,58 @@ def test_sweeps_and_folders_of_results(
     assert found["cosines"]["cosines"][0][1] ** 2 == pytest.approx(mean, abs=0.05)
     shown = call_cli("inspect", tmp_path)
     assert shown.code == 0
-    assert "3 folders" in shown.out
+    assert "w_0_1, w_0.5_0.5, w_1_0" in shown.out
     shutil.rmtree(out / "w_0_1")
     broken = call_cli("inspect", out)
     assert broken.code == 3
     assert "'w_0_1' is missing" in broken.err
+
+
+def test_folders_are_in_natural_order_and_unfinished_ones_are_none(
+    checkpoint: Checkpoint, tmp_path: Path, call_cli: Cli
+) -> None:
+    for step in (10, 9):
+        shutil.copytree(checkpoint("adapter"), tmp_path / f"checkpoint-{step}")
+    staged = tmp_path / "out.moesurg-tmp"
+    shutil.copytree(checkpoint("adapter"), staged)
+    (tmp_path / "logs").mkdir()
+    found = told(tmp_path)
+    assert [member["folder"] for member in found["members"]] == ["checkpoint-9", "checkpoint-10"]
+    shown = call_cli("inspect", staged)
+    assert shown.code == 3
+    assert "no output yet" in shown.err
+    assert "--resume" in shown.err
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "llama"])
+def test_statistics_tell_model_text_and_what_they_hold(
+    family: str, checkpoint: Checkpoint, tmp_path: Path, call_cli: Cli
+) -> None:
+    source, out = checkpoint(family), tmp_path / "stats"
+    text = tmp_path / "words.txt"
+    text.write_text("a few words of text\n" * 60)
+    own = ["--inputs", 8, "--trace"] if family == "qwen3_moe" else ["--linear-grams"]
+    line = ["calibrate", source, "--data", text, "--tokens", 200, "--seq-len", 20, "-o", out, "-q"]
+    assert call_cli(*line, *own).code == 0
+    found = told(out)
+    assert found["model"]["model_type"] == family
+    assert found["layers"] == [0, 1, 2]
+    assert found["text"]["tokens"] == sum(item["tokens"] for item in found["text"]["domains"])
+    stored = [load_file(path) for path in out.glob("*.safetensors")]
+    assert found["bytes"] == sum(value.nbytes for file in stored for value in file.values())
+    names = {(method["command"], method["name"]) for method in found["methods"]}
+    if family == "qwen3_moe":
+        wanted = {"all_experts": True, "inputs": 8, "trace": True, "halves": True, "gram": False}
+        assert found["holds"] == wanted
+        assert ("merge", "hc-smoe") in names
+    else:
+        assert found["holds"] == {
+            "matrices": 3 * 4
+        }  # q, o, gate and down, whose inputs others share
+        assert ("compress", "svd-llm") in names
+    shown = call_cli("inspect", out)
+    assert shown.code == 0
+    assert "--calibration of" in shown.out
 
 
 # On the command line
