@@ -125,9 +125,12 @@ def test_peft_loads_embeddings_and_heads_alike(checkpoint: Checkpoint, tmp_path:
     assert (first - second).abs().max() < 1e-4 * first.abs().max()
 
 
+@pytest.mark.parametrize("alpha", [5, -5])
 @pytest.mark.parametrize("method", sorted(ITSELF))
-def test_copies_are_the_adapter(method: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
-    source = checkpoint("adapter", rank=3, alpha=5)
+def test_copies_are_the_adapter(
+    method: str, alpha: int, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    source = checkpoint("adapter", rank=3, alpha=alpha)
     options = {"weights": "0.5,0.5", **ITSELF[method], **SPLIT.get(method, {})}
     operate("merge", method, [source, source], tmp_path / "out", **options)
     assert distance(changes(source), changes(tmp_path / "out")) < 1e-4

@@ -459,8 +459,12 @@ def test_ranks_by_energy(method: str, checkpoint: Checkpoint, tmp_path: Path) ->
     peft(checkpoint("llama"), tmp_path / "out")
 
 
-def test_a_shared_first_factor_gives_the_exact_mean(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    one, other = checkpoint("adapter", seed=1), checkpoint("adapter", seed=2, alpha=9)
+@pytest.mark.parametrize("alpha", [9, -3, 0])
+def test_a_shared_first_factor_gives_the_exact_mean(
+    alpha: int, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """Whatever the scales, signs and zero included; the shared factor stays as it is, bit by bit."""
+    one, other = checkpoint("adapter", seed=1, alpha=alpha), checkpoint("adapter", seed=2, alpha=9)
     stored, first = (load_file(f / "adapter_model.safetensors") for f in (other, one))
     stored.update({name: value for name, value in first.items() if "lora_A" in name})
     shared = tmp_path / "shared"
@@ -469,6 +473,8 @@ def test_a_shared_first_factor_gives_the_exact_mean(checkpoint: Checkpoint, tmp_
     (shared / "adapter_config.json").write_bytes((other / "adapter_config.json").read_bytes())
     operate("merge", "ffa", [one, shared], tmp_path / "out", weights="1,3")
     assert distance(changes(tmp_path / "out"), summed([one, shared], [0.25, 0.75])) < 1e-5
+    for name, value in load_file(tmp_path / "out" / "adapter_model.safetensors").items():
+        assert "lora_A" not in name or torch.equal(value, first[name])
     with pytest.raises(InputError, match="lora_A differs"):
         operate("merge", "ffa", [one, other], tmp_path / "refused")
     assert not (tmp_path / "refused").exists()

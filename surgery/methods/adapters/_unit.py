@@ -139,6 +139,7 @@ def merge_each(
     merged: Callable[[list[Pair], list[float]], Any],
     *,
     bias: Callable[[Loaded], torch.Tensor | None] | None = None,
+    balanced: bool = True,
 ) -> dict[str, object]:
     """Merge every expert of a module (most have one) and write it.
 
@@ -146,10 +147,11 @@ def merge_each(
         merged: from factors A [r, n] and B [m, r] of each adapter that has the module, and their weights, to merged
             factors of at most the planned rank, or to these and metrics.
         bias: how biases are merged; by default their weighted sum.
+        balanced: whether both factors take a share of the scale: see `read_factors`.
     """
     import torch
 
-    loaded = load(work)
+    loaded = load(work, balanced=balanced)
     found, metrics = [], []
     for expert in range(loaded.module.experts):
         pairs = [(down[expert], up[expert]) for down, up in loaded.factors]

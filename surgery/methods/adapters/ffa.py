@@ -4,7 +4,7 @@
 
 What FFA-LoRA (arXiv:2403.12313) does for federated training, where A is frozen at its common initialisation. Adapters
 whose first factors differ in any element are refused: averaging factors apart would add cross terms B_i A_j. Scales
-may differ; they go into B. Weights are divided by their sum.
+may differ; they go into B, so that A stays as it is stored. Weights are divided by their sum.
 """
 
 from __future__ import annotations
@@ -81,17 +81,12 @@ def transform(work: Work) -> dict[str, object]:
             )
 
     def merged(pairs: list[Pair], weights: list[float]) -> Pair:
-        # Folding put the root of each scale on both sides; the shared factor takes the first adapter's.
-        down, total = pairs[0][0], sum(weights)
-        roots = [abs(adapter.modules[name].scale) ** 0.5 for adapter in work.adapters]
-        up = sum(
-            up * (weight / total * root / roots[0])
-            for (_, up), weight, root in zip(pairs, weights, roots, strict=True)
-        )
-        return down, torch.as_tensor(up)
+        total = sum(weights)
+        up = sum(up * (weight / total) for (_, up), weight in zip(pairs, weights, strict=True))
+        return pairs[0][0], torch.as_tensor(up)
 
     def bias(loaded: unit.Loaded) -> torch.Tensor | None:
         found = unit.summed_bias(loaded)
         return None if found is None else found / sum(loaded.weights)
 
-    return unit.merge_each(work, merged, bias=bias)
+    return unit.merge_each(work, merged, bias=bias, balanced=False)
