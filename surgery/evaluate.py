@@ -20,7 +20,7 @@ import torch
 from .architectures.model import Model
 from .calibration.corpus import read_corpus
 from .calibration.forward import STATES_IN_MEMORY
-from .calibration.sequences import Batch, Sequences, tokenise
+from .calibration.sequences import Batch, Sequences, read_sequences
 from .checkpoint.hub import resolve
 from .checkpoint.reader import TensorReader
 from .custom import CustomModel, is_custom_folder
@@ -201,9 +201,9 @@ def evaluate_sources(
     other = None if reference is None else open_either(resolve(reference))
     if other is not None:
         _same_vocabulary(model, other)
-    sequences = tokenise(read_corpus(data), model.folder, tokens=tokens, seq_len=seq_len)
-    if sequences.total < tokens:
-        progress.warn(f"the text gives {sequences.total:,} of the {tokens:,} tokens asked for")
+    sequences = read_sequences(
+        read_corpus(data), model.folder, tokens=tokens, seq_len=seq_len, progress=progress
+    )
 
     def report(name: str, done: int, total: int) -> None:
         if done == 1:

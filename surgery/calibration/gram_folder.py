@@ -8,15 +8,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import __version__
 from ..architectures.linears import linears
 from ..checkpoint.header import read_header, read_json
 from ..checkpoint.reader import Checkpoint, TensorReader, contained, file_digest
 from ..checkpoint.region import Region
-from ..digests import Digests, header_digest
 from ..errors import InputError, RefusedError
-from .corpus import read_corpus
-from .statistics import JSON_FILE, SCHEMA_VERSION, model_digest
+from .sources import Fresh, Given, Origin, keep_folder
+from .statistics import JSON_FILE, SCHEMA_VERSION, refuse_another
 
 if TYPE_CHECKING:
     import torch
@@ -118,13 +116,9 @@ class Grams:
         }
         if digest is not None:
             found["model_sha256"] = digest
-        for key, value in found.items():
-            if self.manifest.get(key) != value:
-                raise InputError(
-                    f"{self.folder}: statistics of another model ({key}: expected {value}, "
-                    f"found {self.manifest.get(key)})",
-                    hint=f"rerun moesurg calibrate --linear-grams on {model.folder}",
-                )
+        refuse_another(
+            self.folder, self.manifest, found, f"calibrate --linear-grams on {model.folder}"
+        )
 
 
 class ShiftedGrams(Grams):
@@ -136,30 +130,19 @@ class ShiftedGrams(Grams):
     mode = "shifted"
 
 
-class GivenGrams:
+class GivenGrams(Given):
     """A folder from ``moesurg calibrate --linear-grams``."""
 
-    files: tuple[str, ...] = ()
-
     def __init__(self, model: Model, folder: Path) -> None:
-        self._folder = folder
         self._grams = Grams.open(folder)
-        self._grams.check_model(model)
-        self.identity: dict[str, Any] = {"folder": self._grams.digest}
-        self.place = str(folder.absolute())
+        super().__init__(model, self._grams)
 
     def load(self, staging: Staging, progress: Progress, stop: Stop) -> Grams:
         self._grams.check_files()
         return self._grams
 
-    def check(self, model: Model, digests: Mapping[Path, str]) -> None:
-        self._grams.check_model(model, model_digest(model.checkpoint, digests))
 
-    def arguments(self) -> list[str]:
-        return ["--calibration", str(self._folder)]
-
-
-class FreshGrams:
+class FreshGrams(Fresh):
     """Matrices collected by the run itself, in its staging folder until the commit."""
 
     _folder_class = Grams
@@ -167,47 +150,25 @@ class FreshGrams:
     def __init__(
         self, model: Model, data: Sequence[Path], tokens: int, seq_len: int, device: str
     ) -> None:
-        self._model, self._data, self._device = model, data, device
-        self._tokens, self._seq_len = tokens, seq_len
-        self._corpus = read_corpus(data)
-        self.files: tuple[str, ...] = (
-            JSON_FILE,
-            *(layer_file(layer.index) for layer in model.layers),
-        )
-        self.identity: dict[str, Any] = {
-            "text": {domain.name: domain.digest for domain in self._corpus.domains},
-            "tokens": tokens,
-            "seq_len": seq_len,
-            "mode": self._folder_class.mode,
-            "device": device,
-        }
-        self.place = "."
+        super().__init__(model, data, tokens, seq_len, device)
+        self.files = (JSON_FILE, *(layer_file(layer.index) for layer in model.layers))
+        self.identity["mode"] = self._folder_class.mode
 
     def load(self, staging: Staging, progress: Progress, stop: Stop) -> Grams:
         from .grams import manifest_file
-        from .sequences import tokenise
 
-        _check_room(self._model, staging.path)
-        sequences = tokenise(
-            self._corpus, self._model.folder, tokens=self._tokens, seq_len=self._seq_len
-        )
-        if sequences.total < sequences.tokens:
-            progress.warn(
-                f"the text gives {sequences.total:,} of the {sequences.tokens:,} tokens asked for"
-            )
-        digests = Digests(self._model.checkpoint.inputs)
-        progress.stage("calibrating", len(self._model.layers))
+        _check_room(self.model, staging.path)
+        sequences = self._sequences(progress)
+        origin = Origin(self.model.checkpoint)
+        progress.stage("calibrating", len(self.model.layers))
 
         def report(_: str, finished: int, total: int) -> None:
             progress.advance()
             stop.check()
 
-        with TensorReader(self._model.checkpoint) as reader:
+        with TensorReader(self.model.checkpoint) as reader:
             manifest = self._collect(reader, sequences, staging, report)
-        digest = model_digest(self._model.checkpoint, digests.finish())
-        staging.write_file(
-            *manifest_file({**manifest, "model_sha256": digest, "moesurg": __version__})
-        )
+        staging.write_file(*manifest_file({**manifest, **origin.finish()}))
         return self._folder_class.open(staging.path)
 
     def _collect(
@@ -220,7 +181,7 @@ class FreshGrams:
         from .grams import collect_grams
 
         return collect_grams(
-            self._model,
+            self.model,
             reader,
             sequences,
             staging.write_file,
@@ -228,13 +189,6 @@ class FreshGrams:
             scratch=staging.path,
             progress=progress,
         )
-
-    def check(self, model: Model, digests: Mapping[Path, str]) -> None:
-        """They were collected from the weights being read."""
-
-    def arguments(self) -> list[str]:
-        words = [word for file in self._data for word in ("--data", str(file))]
-        return [*words, "--tokens", str(self._tokens), "--seq-len", str(self._seq_len)]
 
 
 class FreshShifted(FreshGrams):
@@ -270,7 +224,7 @@ class FreshShifted(FreshGrams):
         from .shifted import collect_shifted
 
         return collect_shifted(
-            self._model,
+            self.model,
             reader,
             sequences,
             staging.write_file,
@@ -299,25 +253,8 @@ def calibrate_grams(
     Raises:
         MoesurgError: any of its kinds; nothing is left behind.
     """
-    from ..checkpoint.commit import Staging
-    from ..progress import stoppable
-
     fresh = FreshGrams(model, data, tokens, seq_len, device)
-    identity = {
-        "moesurg": __version__,
-        "command": "calibrate",
-        "source": header_digest(model.checkpoint),
-        **fresh.identity,
-    }
-    with (
-        stoppable(progress) as stop,
-        Staging.open(
-            output, identity, force=force, resume=resume, inputs=[model.folder, *data]
-        ) as staging,
-    ):
-        if not staging.complete:
-            fresh.load(staging, progress, stop)
-            staging.commit()
+    keep_folder(fresh, output, force=force, resume=resume, progress=progress)
     return Grams.open(output)
 
 

@@ -24,14 +24,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import __version__
 from ..checkpoint.header import read_header, read_json
 from ..checkpoint.reader import Checkpoint, TensorReader, contained, file_digest
 from ..checkpoint.region import Region
-from ..digests import Digests
 from ..errors import InputError
-from .corpus import Corpus, Domain, read_corpus
-from .statistics import JSON_FILE, SCHEMA_VERSION, model_digest
+from .corpus import Corpus, Domain
+from .sources import Fresh, Origin
+from .statistics import JSON_FILE, SCHEMA_VERSION
 
 if TYPE_CHECKING:
     import torch
@@ -112,7 +111,7 @@ class Means:
             return [reader.read(Region(name, tensors[name].shape)) for name in names]
 
 
-class FreshMeans:
+class FreshMeans(Fresh):
     """Means collected by the run itself, in its staging folder until the commit.
 
     Args:
@@ -136,9 +135,8 @@ class FreshMeans:
         sample: int = 0,
         texts: int = 0,
     ) -> None:
-        self._model, self._data, self._device = model, data, device
-        self._tokens, self._seq_len, self._mode = tokens, seq_len, mode
-        self._corpus = read_corpus(data)
+        super().__init__(model, data, tokens, seq_len, device)
+        self._mode = mode
         found = len(self._corpus.domains)
         if texts and found != texts:
             raise InputError(
@@ -148,18 +146,13 @@ class FreshMeans:
         if mode == "prompts":
             self._corpus = _lines(self._corpus, data)
         self._sample = -(-sample // len(self._corpus.domains)) if sample else SAMPLE
-        self.identity: dict[str, Any] = {
+        self.identity |= {
             # A list: experts are named by the order of the files.
             "text": [[domain.name, domain.digest] for domain in self._corpus.domains],
-            "tokens": tokens,
-            "seq_len": seq_len,
             "mode": mode,
-            "device": device,
             "sample": self._sample,
         }
-        self.place = "."
-        layers = tuple(layer_file(layer.index) for layer in model.layers)
-        self.files: tuple[str, ...] = (JSON_FILE, *layers)
+        self.files = (JSON_FILE, *(layer_file(layer.index) for layer in model.layers))
         if mode == "neurons":
             self.files = (*self.files, TEXT_FILE)
 
@@ -168,25 +161,18 @@ class FreshMeans:
 
         from .forward import LayerStream
         from .mean_sums import observe
-        from .sequences import tokenise
 
-        sequences = tokenise(
-            self._corpus, self._model.folder, tokens=self._tokens, seq_len=self._seq_len
-        )
-        if sequences.total < sequences.tokens:
-            progress.warn(
-                f"the text gives {sequences.total:,} of the {sequences.tokens:,} tokens asked for"
-            )
-        digests = Digests(self._model.checkpoint.inputs)
-        progress.stage("calibrating", len(self._model.layers))
+        sequences = self._sequences(progress)
+        origin = Origin(self.model.checkpoint)
+        progress.stage("calibrating", len(self.model.layers))
         written: dict[str, str] = {}
 
         def write(name: str, tensors: dict[str, torch.Tensor]) -> None:
             staging.write_file(name, save(tensors))
             written[name] = file_digest(staging.path / name)
 
-        with TensorReader(self._model.checkpoint) as reader:
-            stream = LayerStream(self._model, reader, device=self._device, scratch=staging.path)
+        with TensorReader(self.model.checkpoint) as reader:
+            stream = LayerStream(self.model, reader, device=self._device, scratch=staging.path)
             with stream.run(sequences) as run:
                 for step in run.layers():
                     write(layer_file(step.index), observe(step, self._mode, self._sample))
@@ -197,24 +183,16 @@ class FreshMeans:
         manifest = {
             "schema_version": SCHEMA_VERSION,
             "mode": self._mode,
-            "model_type": self._model.family.model_type,
-            "hidden": self._model.config.hidden,
+            "model_type": self.model.family.model_type,
+            "hidden": self.model.config.hidden,
             "text": sequences.manifest(),
             "sha256": written,
             "device": self._device,
-            "model_sha256": model_digest(self._model.checkpoint, digests.finish()),
-            "moesurg": __version__,
+            **origin.finish(),
         }
         text = json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         staging.write_file(JSON_FILE, text.encode())
         return Means.open(staging.path)
-
-    def check(self, model: Model, digests: Mapping[Path, str]) -> None:
-        """They were collected from the weights being read."""
-
-    def arguments(self) -> list[str]:
-        words = [word for file in self._data for word in ("--data", str(file))]
-        return [*words, "--tokens", str(self._tokens), "--seq-len", str(self._seq_len)]
 
 
 def _lines(corpus: Corpus, files: Sequence[Path]) -> Corpus:

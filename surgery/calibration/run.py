@@ -3,51 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
-from .. import __version__
 from ..architectures.model import Layer, Model
-from ..checkpoint.commit import Staging
 from ..checkpoint.hub import resolve
 from ..checkpoint.reader import TensorReader
-from ..digests import Digests, header_digest
 from ..errors import InputError, UsageError
 from ..methods.base import DataNeed
 from ..plan import Unit
-from ..progress import Progress, Stop, stoppable
-from .corpus import Corpus, read_corpus
+from ..progress import Progress
+from .expert_sources import FreshStatistics, GivenStatistics
 from .gram_folder import FreshGrams, FreshShifted, GivenGrams, Grams, calibrate_grams, layer_file
 from .means import MODES, FreshMeans, Means
-from .sequences import Sequences, tokenise
-from .statistics import JSON_FILE, TENSOR_FILE, Statistics, model_digest
-
-if TYPE_CHECKING:
-    from .collect import Collected
-
-
-class StatisticsSource(Protocol):
-    """Where a run's statistics come from."""
-
-    identity: dict[str, Any]
-    """What decides them, for the run's fingerprint."""
-    place: str
-    """Their folder: absolute, or relative to the run's staging folder."""
-
-    def load(self, staging: Staging, progress: Progress, stop: Stop) -> Statistics | Grams | Means:
-        """The statistics, collected now if need be."""
-
-    @property
-    def files(self) -> tuple[str, ...]:
-        """Files in the staging folder that are no part of the output."""
-
-    def check(self, model: Model, digests: Mapping[Path, str]) -> None:
-        """Raise InputError unless they are of exactly these weights."""
-
-    def arguments(self) -> list[str]:
-        """The command-line arguments that ask for them."""
+from .sources import StatisticsSource, keep_folder
+from .statistics import JSON_FILE, TENSOR_FILE, Statistics
 
 
 def statistics_source(
@@ -93,7 +64,7 @@ def statistics_source(
                 "--sequential takes statistics behind the layers that it operates on, so that no folder holds them",
                 hint="give the text with --data, or nothing for the built-in text, instead of --calibration",
             )
-        fresh = _Fresh(model, data, tokens, seq_len, mode, device, sample)
+        fresh = FreshStatistics(model, data, tokens, seq_len, mode, device, sample)
         return fresh.behind(operate, targets)
     if mode in MODES:
         if calibration is not None:
@@ -109,8 +80,8 @@ def statistics_source(
             return FreshGrams(model, data, tokens, seq_len, device)
         return GivenGrams(model, calibration)
     if calibration is None:
-        return _Fresh(model, data, tokens, seq_len, mode, device, sample)
-    return _Given(model, calibration, mode, sample)
+        return FreshStatistics(model, data, tokens, seq_len, mode, device, sample)
+    return GivenStatistics(model, calibration, mode, sample)
 
 
 def describe(statistics: Statistics | Grams | Means) -> dict[str, Any]:
@@ -124,157 +95,6 @@ def describe(statistics: Statistics | Grams | Means) -> dict[str, Any]:
         "tokens": tokens,
         "text": text,
     }
-
-
-class _Given:
-    """Statistics that ``moesurg calibrate`` made."""
-
-    files: tuple[str, ...] = ()
-
-    def __init__(self, model: Model, folder: Path, mode: DataNeed, sample: int) -> None:
-        self._folder = folder
-        self._statistics = Statistics.open(folder)
-        self._statistics.check_model(model)
-        if mode == "all-expert" and self._statistics.mode != "all":
-            raise InputError(
-                f"{folder}: the method needs all-expert statistics, these are of routed experts only",
-                hint="rerun calibrate without --routed-only",
-            )
-        if sample:
-            self._check_sample(model, sample)
-        self.identity: dict[str, Any] = {"folder": self._statistics.digest}
-        self.place = str(folder.absolute())
-
-    def _check_sample(self, model: Model, sample: int) -> None:
-        text = self._statistics.manifest["text"]
-        tokens = text.get("tokens") if isinstance(text, dict) else None
-        needed = min(sample, tokens) if isinstance(tokens, int) else sample
-        for layer in model.moe_layers:
-            rows, _ = self._statistics.inputs_shape(layer.index)
-            if rows < needed:
-                raise InputError(
-                    f"{self._folder}: holds {rows} sampled inputs of layer {layer.index}, "
-                    f"the method needs {needed}",
-                    hint=f"rerun moesurg calibrate with --inputs {needed}",
-                )
-
-    def load(self, staging: Staging, progress: Progress, stop: Stop) -> Statistics:
-        return self._statistics
-
-    def check(self, model: Model, digests: Mapping[Path, str]) -> None:
-        self._statistics.check_model(model, model_digest(model.checkpoint, digests))
-
-    def arguments(self) -> list[str]:
-        return ["--calibration", str(self._folder)]
-
-
-class _Fresh:
-    """Statistics collected by the run itself, kept in its staging folder until the commit."""
-
-    files: tuple[str, ...] = (JSON_FILE, TENSOR_FILE)
-
-    def __init__(
-        self,
-        model: Model,
-        data: Sequence[Path],
-        tokens: int,
-        seq_len: int,
-        mode: DataNeed,
-        device: str,
-        sample: int,
-    ) -> None:
-        self._model, self._data, self._device, self._sample = model, data, device, sample
-        self._mode = "all" if mode == "all-expert" else "routed"
-        self._tokens, self._seq_len = tokens, seq_len
-        self._corpus = read_corpus(data)
-        self._collector: Callable[..., Collected] | None = None
-        self.identity: dict[str, Any] = {
-            "text": {domain.name: domain.digest for domain in self._corpus.domains},
-            "tokens": tokens,
-            "seq_len": seq_len,
-            "mode": self._mode,
-            "device": device,
-            "inputs": sample,
-        }
-        self.place = "."
-
-    def load(self, staging: Staging, progress: Progress, stop: Stop) -> Statistics:
-        # A kept file may be from a run killed while writing it, so collect again: same text, same bytes.
-        sequences = tokenise(
-            self._corpus, self._model.folder, tokens=self._tokens, seq_len=self._seq_len
-        )
-        _tell_short(sequences, progress)
-        files = _collect(
-            self._model,
-            sequences,
-            staging.path,
-            progress,
-            stop,
-            self._collector,
-            mode=self._mode,
-            device=self._device,
-            inputs=min(self._sample, sequences.total),
-        )
-        for name, data in files.items():
-            staging.write_file(name, data)
-        return Statistics.open(staging.path)
-
-    def behind(
-        self, operate: Callable[[Layer, Statistics], tuple[Model, TensorReader]], targets: bool
-    ) -> _Fresh:
-        """The same, collected behind the layers that the run operates on and makes on the way."""
-        from .sequential import collect_sequential
-
-        self._collector = partial(collect_sequential, operate=operate, targets=targets)
-        self.identity["sequential"] = True
-        return self
-
-    def check(self, model: Model, digests: Mapping[Path, str]) -> None:
-        """They were collected from the weights being read."""
-
-    def arguments(self) -> list[str]:
-        words = [word for file in self._data for word in ("--data", str(file))]
-        return [*words, "--tokens", str(self._tokens), "--seq-len", str(self._seq_len)]
-
-
-def _collect(
-    model: Model,
-    sequences: Sequences,
-    scratch: Path,
-    progress: Progress,
-    stop: Stop,
-    collector: Callable[..., Collected] | None = None,
-    **options: Any,
-) -> dict[str, bytes]:
-    """Collect statistics and their model's digest; returns the folder's files."""
-    from .collect import collect
-
-    digests = Digests(model.checkpoint.inputs)
-    done = 0
-
-    def report(_: str, finished: int, total: int) -> None:
-        nonlocal done
-        if not done:
-            progress.stage("calibrating", total)
-        progress.advance(finished - done)
-        done = finished
-        stop.check()
-
-    with TensorReader(model.checkpoint) as reader:
-        collected = (collector or collect)(
-            model, reader, sequences, scratch=scratch, progress=report, **options
-        )
-    digest = model_digest(model.checkpoint, digests.finish())
-    return collected.files({"model_sha256": digest, "moesurg": __version__})
-
-
-def _tell_short(sequences: Sequences, progress: Progress) -> None:
-    found = sequences.total
-    if found < sequences.tokens:
-        progress.warn(
-            f"the text gives {found:,} of the {sequences.tokens:,} tokens asked for "
-            + ", ".join(f"{name}: {count:,}" for name, count in sequences.tokens_by_domain.items())
-        )
 
 
 def calibrate(
@@ -334,36 +154,10 @@ def calibrate(
         }
     if not model.moe_layers:
         raise InputError(f"{model.folder}: {model.family.model_type} has no experts to calibrate")
-    corpus: Corpus = read_corpus(data)
-    options: dict[str, Any] = {
-        "mode": "all" if mode == "all-expert" else "routed",
-        "inputs": inputs,
-        "gram": gram,
-        "trace": trace,
-        "device": device,
-    }
-    identity = {
-        "moesurg": __version__,
-        "command": "calibrate",
-        "source": header_digest(model.checkpoint),
-        "text": {domain.name: domain.digest for domain in corpus.domains},
-        "tokens": tokens,
-        "seq_len": seq_len,
-        **options,
-    }
-    sequences = tokenise(corpus, model.folder, tokens=tokens, seq_len=seq_len)
-    _tell_short(sequences, progress)
-    with (
-        stoppable(progress) as stop,
-        Staging.open(
-            output, identity, force=force, resume=resume, inputs=[model.folder, *data]
-        ) as staging,
-    ):
-        if not staging.complete:
-            files = _collect(model, sequences, staging.path, progress, stop, **options)
-            for name, content in files.items():
-                staging.write_file(name, content)
-            staging.commit()
+    fresh = FreshStatistics(
+        model, data, tokens, seq_len, mode, device, inputs, {"gram": gram, "trace": trace}
+    )
+    keep_folder(fresh, output, force=force, resume=resume, progress=progress)
     statistics = Statistics.open(output)
     return {
         "schema_version": 1,

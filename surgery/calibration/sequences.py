@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from ..progress import Progress
+
     Ids = NDArray[np.int64]
     Encode = Callable[[str], list[int]]
 
@@ -196,6 +198,23 @@ def tokenise(corpus: Corpus, folder: Path, *, tokens: int, seq_len: int) -> Sequ
     names = tuple(domain.name for domain in corpus.domains)
     digests = tuple(domain.digest for domain in corpus.domains)
     return Sequences(tuple(ids), tuple(domain_of), names, digests, seq_len, tokens, digest)
+
+
+def read_sequences(
+    corpus: Corpus, folder: Path, *, tokens: int, seq_len: int, progress: Progress
+) -> Sequences:
+    """The same, with a warning where the text has fewer tokens than are asked for.
+
+    Raises:
+        UsageError, InputError: as :func:`tokenise`.
+    """
+    found = tokenise(corpus, folder, tokens=tokens, seq_len=seq_len)
+    if found.total < tokens:
+        counts = [f"{name}: {count:,}" for name, count in found.tokens_by_domain.items()]
+        progress.warn(
+            f"the text gives {found.total:,} of the {tokens:,} tokens asked for ({', '.join(counts)})"
+        )
+    return found
 
 
 def _spread(domain: Domain, encode: Encode, share: int, seq_len: int) -> list[list[int]]:

@@ -24,8 +24,9 @@ from ..checkpoint.header import TensorInfo
 from ..checkpoint.reader import TensorReader
 from ..errors import MoesurgError
 from .blocks import recast
-from .collect import Collected, Mode, Progress, collector_of, energies, manifest, places
+from .collect import Collected, Progress, energies, manifest, places
 from .forward import LayerStream, Step
+from .layer_collector import Mode, collector_of
 from .sequences import Batch, Sequences
 from .statistics import Statistics
 

@@ -39,6 +39,23 @@ JSON_FILE = "statistics.json"
 TENSOR_FILE = "statistics.safetensors"
 
 
+def refuse_another(
+    folder: Path, manifest: Mapping[str, Any], expected: Mapping[str, object], command: str
+) -> None:
+    """Raise InputError, naming what differs, where a manifest does not tell what is expected of a model.
+
+    Args:
+        command: that makes a fitting folder.
+    """
+    for key, value in expected.items():
+        if manifest.get(key) != value:
+            raise InputError(
+                f"{folder}: statistics of another model ({key}: expected {value}, "
+                f"found {manifest.get(key)})",
+                hint=f"rerun moesurg {command}",
+            )
+
+
 def model_digest(checkpoint: Checkpoint, known: Mapping[Path, str] | None = None) -> str:
     """SHA-256 over the digests of config.json and all weight files.
 
@@ -245,13 +262,7 @@ class Statistics:
         }
         if digest is not None:
             found["model_sha256"] = digest
-        for key, value in found.items():
-            if self.manifest.get(key) != value:
-                raise InputError(
-                    f"{self.folder}: statistics of another model ({key}: expected {value}, "
-                    f"found {self.manifest.get(key)})",
-                    hint=f"rerun moesurg calibrate on {model.folder}",
-                )
+        refuse_another(self.folder, self.manifest, found, f"calibrate on {model.folder}")
 
     def _optional(self, *names: str, flag: str) -> tuple[NDArray[Any], ...]:
         for name in names:

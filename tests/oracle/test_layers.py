@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from moesurg.surgery.calibration import run as calibration
+from moesurg.surgery.calibration.expert_sources import FreshStatistics
 from moesurg.surgery.calibration.statistics import Statistics
 from moesurg.surgery.errors import InputError, UsageError
 from moesurg.surgery.executors.serial import SerialExecutor
@@ -36,7 +36,7 @@ def decisions(folder: Path) -> dict[str, Any]:
 @pytest.fixture
 def kept_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
     """The statistics that a run from layer to layer took stay in its output."""
-    monkeypatch.setattr(calibration._Fresh, "files", ())
+    monkeypatch.setattr(FreshStatistics, "files", ())
 
 
 def mixture_inputs(model: Any, layer: int, ids: torch.Tensor) -> torch.Tensor:
