@@ -5,17 +5,17 @@ A worker opens its own inputs and the staged shards, so that nothing but small r
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+from .casts import relative_loss
 from .checkpoint.dtypes import torch_dtype
 from .checkpoint.finite import first_non_finite
 from .checkpoint.reader import TensorReader
 from .checkpoint.region import Region
+from .checkpoint.window import Window
 from .checkpoint.writer import ShardWriter
 from .errors import InputError, MoesurgError
 from .methods import load
@@ -33,10 +33,6 @@ if TYPE_CHECKING:
     from .checkpoint.writer import Data
 
 PLAN_FILE = "plan.json"
-PIECE = 1 << 16
-"""Elements of a tensor that are measured at a time."""
-SQUARES = (1e-20, 1e30)
-"""Sums of squares that float32 takes without losing what matters to underflow or overflow."""
 
 
 class Writer(Protocol):
@@ -146,7 +142,7 @@ class Work:
     def __init__(self, runner: Runner, unit: Unit, decision: Any) -> None:
         self._runner = runner
         self._written: set[Region] = set()
-        self._windows: list[_Window] = []
+        self._windows: list[Window] = []
         self.unit = unit
         self.decision = decision
         self.casts: dict[str, float] = {}
@@ -265,7 +261,7 @@ class Work:
             )
         # A cast to its own type is the tensor itself, which the difference in place would zero.
         changes = tensor.is_floating_point() and cast.dtype != tensor.dtype
-        error = _relative_loss(tensor, cast) if changes else None
+        error = relative_loss(tensor, cast) if changes else None
         if error is not None:
             self.casts[region.tensor] = max(self.casts.get(region.tensor, 0.0), error)
         self._put(region, cast)
@@ -310,7 +306,7 @@ class Work:
             self._runner.writer.write(region.tensor, data, offset=region.offset * size)
             return
         # Strided parts of one window (gate and up of an expert, say) wait for each other in memory.
-        window = _Window.of(region, cast)
+        window = Window.of(region, cast)
         apart = []
         for other in self._windows:
             if window.meets(other):
@@ -323,74 +319,3 @@ class Work:
             self._runner.writer.write(window.tensor, data, offset=window.begin * size)
         else:
             self._windows.append(window)
-
-
-def _relative_loss(tensor: torch.Tensor, cast: torch.Tensor) -> float | None:
-    """Frobenius norm of what a cast changed over that of the tensor; None for a tensor of zeros.
-
-    In pieces that stay in the processor's cache: norms of whole tensors take several times as long. What a cast of
-    float32 to half precision takes away is exact in float32, and so are five digits of the sum of its squares.
-    """
-    import torch
-
-    lost = size = 0.0
-    flat, stored = tensor.reshape(-1), cast.reshape(-1)
-    for whole, other in zip(torch.split(flat, PIECE), torch.split(stored, PIECE), strict=True):
-        taken = _squares(whole, other) if whole.dtype == torch.float32 else None
-        if taken is None or taken[0] < SQUARES[0] or taken[1] > SQUARES[1]:
-            taken = _squares(whole.double(), other.double())
-        lost += taken[0]
-        size += taken[1]
-    return (lost / size) ** 0.5 if size else None
-
-
-def _squares(whole: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:
-    """Squared norms of the difference and of the first."""
-    difference = whole - other
-    return float(difference.dot(difference)), float(whole.dot(whole))
-
-
-@dataclass(frozen=True)
-class _Window:
-    """A flat range of a tensor and the strided parts written to it so far.
-
-    Attributes:
-        begin, end: elements.
-        parts: what was written, in its stored type.
-    """
-
-    tensor: str
-    begin: int
-    end: int
-    parts: tuple[tuple[Region, torch.Tensor], ...]
-
-    @staticmethod
-    def of(region: Region, cast: torch.Tensor) -> _Window:
-        begin, count = region.span()
-        return _Window(region.tensor, begin, begin + count, ((region, cast),))
-
-    @property
-    def complete(self) -> bool:
-        """Whether every element was written: the parts are disjoint, so that counting them is enough."""
-        return sum(region.count for region, _ in self.parts) == self.end - self.begin
-
-    def meets(self, other: _Window) -> bool:
-        """Whether the two ranges overlap."""
-        return self.tensor == other.tensor and self.begin < other.end and other.begin < self.end
-
-    def joined(self, other: _Window) -> _Window:
-        begin, end = min(self.begin, other.begin), max(self.end, other.end)
-        return _Window(self.tensor, begin, end, (*self.parts, *other.parts))
-
-    def assembled(self) -> torch.Tensor:
-        """The range as one flat tensor."""
-        flat = self.parts[0][1].new_empty(self.end - self.begin)
-        for region, part in self.parts:
-            offset = region.offset - self.begin
-            flat.as_strided(region.shape, region.strides, offset).copy_(part)
-        return flat
-
-
-def dump_decision(decision: Any) -> str:
-    """Decisions as text that is the same on every run."""
-    return json.dumps(decision, sort_keys=True, separators=(",", ":"))

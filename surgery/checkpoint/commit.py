@@ -11,7 +11,7 @@ What a killed process can leave, and what the next run makes of it:
 * staging with neither journal nor matching report: nothing durable was done, or it was being
   discarded; a resume discards it and begins afresh;
 * staging without journal but with the report of this very run: complete, only the rename is
-  missing. `_discard` removes the report first, so that no half-removed folder looks like this;
+  missing. `discard` removes the report first, so that no half-removed folder looks like this;
 * the replaced folder at the staging name: the output has the report, the rest is discarded;
 * on systems that cannot exchange names, killed between two renames: `<output>.moesurg-tmp-old`
   is the old output and gets its name back.
@@ -32,13 +32,19 @@ from ..errors import InputError, MoesurgError, RefusedError, StoppedError
 from . import fs, journal
 from .journal import JOURNAL, Journal, fingerprint_digest
 from .lock import Lock
+from .place import (
+    REPORT,
+    discard,
+    occupied,
+    plain_name,
+    refuse_existing,
+    refuse_overlap,
+    report_digest,
+)
 
 __all__ = ["JOURNAL", "PLAN", "PRIVATE", "REPORT", "Staging", "fingerprint_digest"]
 
 PLAN = "plan.json"
-REPORT = "report.json"
-"""Its key ``fingerprint`` holds `fingerprint_digest` of the run: a finished run is known by it."""
-
 PRIVATE = frozenset({JOURNAL, PLAN})
 """Files of the staging folder that never reach the output."""
 
@@ -109,13 +115,14 @@ class Staging:
             InputError: the path cannot be an output.
         """
         self = cls(output, fingerprint, force=force)
-        self._refuse_overlap(inputs)
+        refuse_overlap((self.output, self.path, self._aside), inputs)
         done = resume and self._is_complete()
         if done and not any(map(os.path.lexists, (self.path, self._aside, self._lock_path))):
             self.complete = True
             return self
         if not done:
-            self._refuse_existing()  # before anything is created, and once more under the lock
+            # Before anything is created, and once more under the lock.
+            refuse_existing(self.output, force=force)
         try:
             self._create_parents()
             self._lock = Lock(self._lock_path)
@@ -150,17 +157,17 @@ class Staging:
 
     def place(self, name: str, *, private: frozenset[str] = PRIVATE) -> Path:
         """Where a file of the output is to be written; its folder is there afterwards."""
-        path = self.path / _plain(name, private=private)
+        path = self.path / plain_name(name, private=private)
         fs.ensure_dir(path.parent)
         return path
 
     def copy_file(self, source: Path, name: str) -> None:
         """Copy a file of an input into the output."""
-        fs.copy_file(source, self.path / _plain(name, private=PRIVATE))
+        fs.copy_file(source, self.path / plain_name(name, private=PRIVATE))
 
     def remove_file(self, name: str) -> None:
         """Remove a file that only the run itself needed, if it is there."""
-        path = self.path / _plain(name, private=PRIVATE)
+        path = self.path / plain_name(name, private=PRIVATE)
         if os.path.lexists(path):
             fs.unlink(path)
 
@@ -174,7 +181,7 @@ class Staging:
         if self._journal is None:
             raise RuntimeError("commit of a staging folder that is not open")
         try:
-            self._refuse_existing()
+            refuse_existing(self.output, force=self._force)
         except RefusedError:
             self._mine = None
             raise
@@ -198,7 +205,7 @@ class Staging:
         """Remove everything that this run created. Doing it twice is harmless."""
         self._close_journal()
         if self._mine is not None:
-            _discard(self._mine)
+            discard(self._mine)
             self._mine = None
         if self._lock is not None:
             self._lock.release()
@@ -232,16 +239,16 @@ class Staging:
         """Under the lock: bring what lies there into order and open the journal."""
         if os.path.lexists(self._aside):
             if os.path.lexists(self.output):
-                _discard(self._aside)
+                discard(self._aside)
             else:
                 fs.rename(self._aside, self.output)
         if resume and self._is_complete():
-            _discard(self.path)
+            discard(self.path)
             if self._lock is not None:
                 self._lock.release()
             self.complete = True
             return
-        self._refuse_existing()
+        refuse_existing(self.output, force=self._force)
         if not os.path.lexists(self.path):
             self._start()
         elif resume:
@@ -264,13 +271,13 @@ class Staging:
 
     def _restart(self) -> None:
         self._mine = self.path
-        _discard(self.path)
+        discard(self.path)
         self._start()
 
     def _resume(self) -> None:
         found = journal.read(self.path)
         if found is None:
-            if _report_digest(self.path) == fingerprint_digest(self._fingerprint):
+            if report_digest(self.path) == fingerprint_digest(self._fingerprint):
                 self._publish()
                 self.complete = True
             else:
@@ -286,7 +293,7 @@ class Staging:
 
     def _publish(self) -> None:
         replaced: Path | None = None
-        if _occupied(self.output):
+        if occupied(self.output):
             replaced = fs.exchange(self.path, self.output, self._aside)
         else:
             fs.rename(self.path, self.output)
@@ -302,37 +309,7 @@ class Staging:
 
     def _is_complete(self) -> bool:
         mine = fingerprint_digest(self._fingerprint)
-        return _report_digest(self.output) == mine and journal.read(self.path) is None
-
-    def _refuse_existing(self) -> None:
-        if os.path.ismount(self.output):
-            raise RefusedError(
-                f"the output {self.output} is a mount point and cannot be put in place by a rename",
-                hint=f"choose a folder inside it, such as {self.output / 'model'}",
-            )
-        if _occupied(self.output) and not self._force:
-            what = "a folder that is not empty" if self.output.is_dir() else "a file"
-            raise RefusedError(
-                f"the output {self.output} already exists as {what}",
-                hint="choose another --output; --force replaces it after success",
-            )
-
-    def _refuse_overlap(self, inputs: Sequence[Path]) -> None:
-        for given in inputs:
-            source = Path(os.path.realpath(given))
-            for target in (self.output, self.path, self._aside):
-                if _same(target, source):
-                    how = "is"
-                elif any(_same(parent, source) for parent in target.parents):
-                    how = "lies inside"
-                elif any(_same(parent, target) for parent in source.parents):
-                    how = "contains"
-                else:
-                    continue
-                raise RefusedError(
-                    f"the output {target} {how} the input {given}",
-                    hint="choose an --output outside every input",
-                )
+        return report_digest(self.output) == mine and journal.read(self.path) is None
 
     def _create_parents(self) -> None:
         missing = [folder for folder in self.output.parents if not os.path.lexists(folder)]
@@ -354,53 +331,3 @@ class Staging:
         if self._journal is not None:
             self._journal.close()
             self._journal = None
-
-
-def _discard(path: Path) -> None:
-    """Remove a file or folder, if it is there.
-
-    A removal that is killed leaves nothing that looks like a complete output or a run to resume.
-    """
-    if path.is_dir() and not path.is_symlink():
-        for name in (REPORT, JOURNAL):
-            if os.path.isfile(path / name):
-                fs.unlink(path / name)
-        fs.fsync_dir(path)
-        fs.rmtree(path)
-    elif os.path.lexists(path):
-        fs.unlink(path)
-
-
-def _report_digest(folder: Path) -> str | None:
-    try:
-        report = json.loads((folder / REPORT).read_bytes())
-    except (OSError, ValueError):
-        return None
-    found = report.get("fingerprint") if isinstance(report, dict) else None
-    return found if isinstance(found, str) else None
-
-
-def _occupied(path: Path) -> bool:
-    """Whether something other than an empty folder is at ``path``."""
-    return any(path.iterdir()) if path.is_dir() else os.path.lexists(path)
-
-
-def _same(a: Path, b: Path) -> bool:
-    try:
-        return os.path.samefile(a, b)
-    except OSError:
-        return a == b
-
-
-def _plain(name: str, *, private: frozenset[str]) -> str:
-    """A plain file name, or one in a folder of the output, which the members of a shelf have."""
-    folder, _, leaf = name.rpartition("/")
-    parts = [folder, leaf] if folder else [name]
-    if any(
-        part in ("", ".", "..") or any(character in part for character in "/\\:\0")
-        for part in parts
-    ):
-        raise InputError(f"{name!r} is not a plain file name and cannot be a file of the output")
-    if name in private:
-        raise InputError(f"a file of the output cannot be named {name!r}: moesurg uses that name")
-    return name

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moesurg.surgery.execute import PIECE, _relative_loss
+from moesurg.surgery.casts import PIECE, relative_loss
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-15, 1e-22, 1e25])
@@ -25,10 +25,10 @@ def test_the_loss_of_a_cast(wide: torch.dtype, narrow: torch.dtype, scale: float
     cast = tensor.to(narrow)
     whole = tensor.double()
     expected = float((cast.double() - whole).norm() / whole.norm())
-    assert _relative_loss(tensor, cast) == pytest.approx(expected, rel=1e-4)
+    assert relative_loss(tensor, cast) == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_cast_that_loses_nothing() -> None:
     halves = torch.randn(2 * PIECE, generator=torch.Generator().manual_seed(0)).bfloat16()
-    assert _relative_loss(halves.float(), halves) == 0.0
-    assert _relative_loss(torch.zeros(5), torch.zeros(5, dtype=torch.bfloat16)) is None
+    assert relative_loss(halves.float(), halves) == 0.0
+    assert relative_loss(torch.zeros(5), torch.zeros(5, dtype=torch.bfloat16)) is None
