@@ -55,7 +55,7 @@ def pack(console: Console, record: Record) -> None:
         for row in record["curve"]:
             errors = (f"{row[name]:.3g}" for name in ("error", "largest_error"))
             found.add_row(f"{row[key]:g}", f"{row['size']:.1%}", *errors)
-        found.caption = "relative errors of changes, root mean square and largest over the parts"
+        found.caption = "sizes and errors are relative to the inputs' changes: root mean square and largest error of the parts"
         console.print(found)
 
 
@@ -75,8 +75,7 @@ def statistics(console: Console, record: Record) -> None:
     rows["holds"] = ", ".join(
         f"{key.replace('_', ' ')} {_said(value)}" for key, value in record["holds"].items()
     )
-    names = [f"{method['command']} {method['name']}" for method in record["methods"]]
-    rows["for"] = f"--calibration of {', '.join(names)}"
+    rows["--calibration"] = _methods(record)
     console.print(facts(rows))
 
 
@@ -179,7 +178,16 @@ def _adapter_rows(record: Record) -> dict[str, str]:
             f"Frobenius norm {weights['norm']:.6g}; {weights['ranks']} ranks, of which "
             f"{weights['effective_ranks']:.1f} effective and {weights['dead_ranks']} dead"
         )
+    rows["methods"] = _methods(record)
     return rows
+
+
+def _methods(record: Record) -> str:
+    """The methods for it by command."""
+    found: dict[str, list[str]] = {}
+    for method in record["methods"]:
+        found.setdefault(method["command"], []).append(method["name"])
+    return "; ".join(f"{command}: {', '.join(names)}" for command, names in found.items())
 
 
 def _kinds(rows: list[Record]) -> Any:

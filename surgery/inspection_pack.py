@@ -6,13 +6,14 @@ import math
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from .checkpoint.formats import PACK
 from .checkpoint.header import read_json
 from .checkpoint.reader import contained
-from .inspection_facts import REPORT, count, dtypes, provenance, shards
+from .inspection_facts import REPORT, as_written, count, dtypes, provenance, shards
 from .methods import load
 from .packs import Pack
 
@@ -31,7 +32,10 @@ def inspect_pack(source: str, folder: Path) -> dict[str, Any]:
     """
     pack = Pack.open(folder)
     tensors = pack.checkpoint.tensors
-    tasks = [_task(pack, task) for task in pack.tasks]
+    with as_written(folder / PACK.config):
+        tasks, parts = [_task(pack, task) for task in pack.tasks], _parts(pack)
+    with as_written(folder / REPORT):
+        curve = _curve(pack)
     held = sum(info.nbytes for info in tensors.values())
     base = sum(info.nbytes for name, info in tensors.items() if _of_base(pack, name))
     record: dict[str, Any] = {
@@ -40,7 +44,7 @@ def inspect_pack(source: str, folder: Path) -> dict[str, Any]:
         "folder": str(folder),
         "kind": pack.kind,
         "tasks": tasks,
-        "parts": _parts(pack),
+        "parts": parts,
         "parameters": {"total": sum(count(info.shape) for info in tensors.values())},
         "dtypes": dtypes(pack.checkpoint),
         "bytes": held,
@@ -48,7 +52,7 @@ def inspect_pack(source: str, folder: Path) -> dict[str, Any]:
         "size": held / max(1, base + sum(task["bytes"] for task in tasks)),
         "tensors": len(tensors),
         "shards": shards(pack.checkpoint),
-        "curve": _curve(pack),
+        "curve": curve,
         "take_out": shlex.join(["moesurg", "revert", source, "--task", pack.names[0]])
         + " -o FOLDER",
         "methods": [
@@ -144,7 +148,7 @@ def _directions(pack: Pack, curves: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _triplets(pack: Pack, curves: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Of models, by the part of the stored triplets that every matrix would keep."""
-    found = []
+    found: list[dict[str, Any]] = []
     for divisor in FRACTIONS:
         size = total = 0
         errors = []
@@ -157,7 +161,10 @@ def _triplets(pack: Pack, curves: Mapping[str, Any]) -> list[dict[str, Any]]:
             total += math.prod(shape)
             errors.append(dict(curve)[kept])
         found.append({"part_of_triplets": 1 / divisor, "size": size / total, **_errors(errors)})
-    return found
+    # Parts that come to the same numbers of triplets are one.
+    return [
+        row for row, other in pairwise([*found, {"size": None}]) if row["size"] != other["size"]
+    ]
 
 
 def _errors(errors: Sequence[float]) -> dict[str, float]:

@@ -11,6 +11,7 @@ from .calibration.statistics import JSON_FILE, TENSOR_FILE, Statistics
 from .checkpoint.header import read_header, read_json
 from .checkpoint.reader import contained
 from .errors import InputError
+from .inspection_facts import as_written
 from .methods import methods
 
 FORMAT = "statistics"
@@ -22,9 +23,10 @@ def inspect_statistics(source: str, folder: Path) -> dict[str, Any]:
     Raises:
         InputError: another schema, or something missing in it.
     """
-    if read_json(contained(folder, JSON_FILE)).get("mode") == Grams.mode:
-        return _grams(source, Grams.open(folder))
-    return _experts(source, Statistics.open(folder))
+    with as_written(folder / JSON_FILE):
+        if read_json(contained(folder, JSON_FILE)).get("mode") == Grams.mode:
+            return _grams(source, Grams.open(folder))
+        return _experts(source, Statistics.open(folder))
 
 
 def _experts(source: str, found: Statistics) -> dict[str, Any]:

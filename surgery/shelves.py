@@ -19,8 +19,8 @@ def listing(path: Path) -> dict[str, Any]:
     """
     found: dict[str, Any] = dict(read_json(contained(path, SHELF)))
     listed = found.get("members")
-    if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed):
-        raise InputError(f"{path / SHELF}: members should be an object")
+    if not isinstance(listed, dict) or not all(isinstance(said, dict) for said in listed.values()):
+        raise InputError(f"{path / SHELF}: members should be an object of objects")
     return found
 
 
