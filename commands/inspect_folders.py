@@ -55,7 +55,7 @@ def pack(console: Console, record: Record) -> None:
         for row in record["curve"]:
             errors = (f"{row[name]:.3g}" for name in ("error", "largest_error"))
             found.add_row(f"{row[key]:g}", f"{row['size']:.1%}", *errors)
-        found.caption = "sizes and errors are relative to the inputs' changes: root mean square and largest error of the parts"
+        found.caption = "sizes and errors relative to the inputs' changes; error: root mean square over the parts"
         console.print(found)
 
 
