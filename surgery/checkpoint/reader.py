@@ -99,8 +99,11 @@ def contained(folder: Path, name: str) -> Path:
     resolved = path.resolve()
     root = folder.resolve()
     allowed = [root]
-    if root.parent.name == "snapshots" and (root.parent.parent / "blobs").is_dir():
-        allowed.append(root.parent.parent / "blobs")
+    # A repository of several folders has them below its snapshot.
+    for place in root.parents:
+        if place.name == "snapshots" and (place.parent / "blobs").is_dir():
+            allowed.append(place.parent / "blobs")
+            break
     if not any(resolved.is_relative_to(place) for place in allowed):
         raise InputError(
             f"{path}: is a link to {resolved}, outside the folder",

@@ -21,10 +21,15 @@ def cached(source: Path, cache: Path) -> str:
     for folder in (home / "blobs", home / "refs", snapshot):
         folder.mkdir(parents=True)
     (home / "refs" / "main").write_text(revision)
-    for file in source.iterdir():
-        blob = home / "blobs" / hashlib.sha256(file.name.encode()).hexdigest()
+    for file in source.rglob("*"):
+        if file.is_dir():
+            continue
+        inside = file.relative_to(source)
+        blob = home / "blobs" / hashlib.sha256(str(inside).encode()).hexdigest()
         shutil.copy(file, blob)
-        (snapshot / file.name).symlink_to(Path("../../blobs") / blob.name)
+        link = snapshot / inside
+        link.parent.mkdir(exist_ok=True)
+        link.symlink_to(Path("../" * len(inside.parts) + "../blobs") / blob.name)
     return "some/model"
 
 
@@ -43,6 +48,20 @@ def test_an_id_resolves_through_the_offline_cache(
     card = (tmp_path / "out" / "README.md").read_text()
     assert "base_model:\n- some/model\n" in card
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
+
+
+def test_a_repository_of_several_adapters_is_told_folder_by_folder(
+    run_cli: Cli, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    for seed in (0, 1):
+        shutil.copytree(checkpoint("adapter", seed=seed), tmp_path / "several" / f"seed-{seed}")
+    name = cached(tmp_path / "several", tmp_path / "hub")
+    env = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    found = run_cli("inspect", name, "--json", env=env)
+    assert found.code == 0, found.err
+    document = json.loads(found.out)
+    assert document["source"] == name
+    assert [member["folder"] for member in document["members"]] == ["seed-0", "seed-1"]
 
 
 def test_an_id_that_is_nowhere_is_told_so(run_cli: Cli, tmp_path: Path) -> None:
