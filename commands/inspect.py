@@ -129,8 +129,6 @@ def _model(console: Console, record: dict[str, Any]) -> None:
 
 
 def _rows(record: dict[str, Any]) -> dict[str, str]:
-    from moesurg.surgery import methods
-
     parameters, widths = record["parameters"], record["widths"]
     rows = {
         "checkpoint": record["folder"],
@@ -159,11 +157,7 @@ def _rows(record: dict[str, Any]) -> dict[str, str]:
     for target in record.get("upcycle_targets", ()):
         possible = target["possible"]
         rows[f"to {target['family']}"] = ("possible: " if possible else "not: ") + target["reason"]
-    names = [
-        f"{method['command']} --{'' if method['command'] in methods.BY_FLAG else 'method '}{method['name']}"
-        for method in record["methods"]
-    ]
-    rows["methods"] = ", ".join(names) or "none"
+    rows["methods"] = inspect_folders.methods_for(record)
     return rows
 
 

@@ -75,7 +75,7 @@ def statistics(console: Console, record: Record) -> None:
     rows["holds"] = ", ".join(
         f"{key.replace('_', ' ')} {_said(value)}" for key, value in record["holds"].items()
     )
-    rows["--calibration"] = _methods(record)
+    rows["--calibration"] = methods_for(record)
     console.print(facts(rows))
 
 
@@ -178,16 +178,17 @@ def _adapter_rows(record: Record) -> dict[str, str]:
             f"Frobenius norm {weights['norm']:.6g}; {weights['ranks']} ranks, of which "
             f"{weights['effective_ranks']:.1f} effective and {weights['dead_ranks']} dead"
         )
-    rows["methods"] = _methods(record)
+    rows["methods"] = methods_for(record)
     return rows
 
 
-def _methods(record: Record) -> str:
+def methods_for(record: Record) -> str:
     """The methods for it by command."""
     found: dict[str, list[str]] = {}
     for method in record["methods"]:
         found.setdefault(method["command"], []).append(method["name"])
-    return "; ".join(f"{command}: {', '.join(names)}" for command, names in found.items())
+    listed = (f"{command}: {', '.join(names)}" for command, names in found.items())
+    return "; ".join(listed) or "none"
 
 
 def _kinds(rows: list[Record]) -> Any:

@@ -6,6 +6,10 @@ Every message is one sentence that says what is wrong, where, what was expected 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class MoesurgError(Exception):
     """Base of every error that moesurg raises on purpose.
@@ -59,3 +63,20 @@ class Interrupted(StoppedError):
     def __init__(self, message: str, *, signal: int, hint: str | None = None) -> None:
         super().__init__(message, hint=hint)
         self.exit_code = 128 + signal
+
+
+@contextmanager
+def as_written(file: Path) -> Iterator[None]:
+    """Tells of a file of ours that lacks what it should say, instead of failing on it.
+
+    Raises:
+        InputError: what was looked for in it is not there or of another kind.
+    """
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{file}: does not say what this version of moesurg writes there "
+            f"({type(error).__name__}: {error})",
+            hint="it was changed after it was written, or another version wrote it",
+        ) from error

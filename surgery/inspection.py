@@ -91,7 +91,7 @@ def inspect(
     record["methods"] = [
         {"command": method.command, "name": method.name, "summary": method.info.summary}
         for method in methods.methods()
-        if method.command == ("merge" if model.is_moe else "upcycle")
+        if method.info.fits(mixture=model.is_moe)
     ]
     if calibration is not None:
         # Only here: the rest needs neither numpy nor torch.

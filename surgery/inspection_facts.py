@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from .checkpoint.header import read_json
 from .checkpoint.reader import Checkpoint, contained
-from .errors import InputError
 
 _NUMBER = re.compile(r"([0-9]+)")
 REPORT = "report.json"
@@ -59,23 +57,6 @@ def provenance(folder: Path) -> dict[str, Any] | None:
     if not isinstance(report.get("fingerprint"), str):
         return None  # somebody else's report.json
     return {key: report[key] for key in PROVENANCE if key in report}
-
-
-@contextmanager
-def as_written(file: Path) -> Iterator[None]:
-    """Tells of a file of ours that lacks what it should say, instead of failing on it.
-
-    Raises:
-        InputError: what was looked for in it is not there or of another kind.
-    """
-    try:
-        yield
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{file}: does not say what this version of moesurg writes there "
-            f"({type(error).__name__}: {error})",
-            hint="it was changed after it was written, or another version wrote it",
-        ) from error
 
 
 def natural(name: str) -> list[tuple[int, str]]:

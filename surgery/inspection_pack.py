@@ -13,7 +13,8 @@ from typing import Any
 from .checkpoint.formats import PACK
 from .checkpoint.header import read_json
 from .checkpoint.reader import contained
-from .inspection_facts import REPORT, as_written, count, dtypes, provenance, shards
+from .errors import as_written
+from .inspection_facts import REPORT, count, dtypes, provenance, shards
 from .methods import load
 from .packs import Pack
 

@@ -10,8 +10,7 @@ from .calibration.gram_folder import Grams, layer_file
 from .calibration.statistics import JSON_FILE, TENSOR_FILE, Statistics
 from .checkpoint.header import read_header, read_json
 from .checkpoint.reader import contained
-from .errors import InputError
-from .inspection_facts import as_written
+from .errors import InputError, as_written
 from .methods import methods
 
 FORMAT = "statistics"

@@ -12,7 +12,7 @@ from ..architectures.linears import linears
 from ..checkpoint.header import read_header, read_json
 from ..checkpoint.reader import Checkpoint, TensorReader, contained, file_digest
 from ..checkpoint.region import Region
-from ..errors import InputError, RefusedError
+from ..errors import InputError, RefusedError, as_written
 from .sources import Fresh, Given, Origin, keep_folder
 from .statistics import JSON_FILE, SCHEMA_VERSION, refuse_another
 
@@ -63,7 +63,8 @@ class Grams:
             manifest.get("text"), dict
         ):
             raise InputError(f"{folder / JSON_FILE}: layers or text is missing")
-        return cls(folder, manifest)
+        with as_written(folder / JSON_FILE):
+            return cls(folder, manifest)
 
     @property
     def layers(self) -> list[int]:

@@ -71,6 +71,12 @@ class MethodInfo:
     takes: Takes = "models"
     optional: bool = False
 
+    def fits(self, *, mixture: bool) -> bool:
+        """Whether a stock model can be the first source, as far as ``inputs`` tells: dense, a mixture, or either."""
+        named = {kind for kind in ("dense", "mixture") if kind in self.inputs.partition(",")[0]}
+        wanted = "mixture" if mixture else "dense"
+        return self.takes == "models" and (not named or wanted in named)
+
 
 @dataclass(frozen=True)
 class Exactness:

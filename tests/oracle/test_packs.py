@@ -347,3 +347,20 @@ def test_revert_all_names_folders_after_the_inputs(
 def test_inputs_of_one_name_are_numbered() -> None:
     cached = Path("/c/models--o--n/snapshots/0123abcd")
     assert task_names([Path("/a/x"), Path("/b/x"), cached]) == ["x-1", "x-2", "n"]
+
+
+@pytest.mark.parametrize("damage", ["rank", "tasks", "basis"])
+def test_a_pack_that_was_changed_is_refused_by_name(
+    damage: str, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    pair = [checkpoint("adapter", seed=seed) for seed in (1, 2)]
+    operate("merge", "rmm", pair, tmp_path / "pack", basis=1, allow_larger=True)
+    file = tmp_path / "pack" / "pack.json"
+    document = json.loads(file.read_text())
+    for part in document["parts"].values():
+        del part[damage]
+    file.write_text(json.dumps(document))
+    task = document["tasks"][0]["name"]
+    with pytest.raises(InputError, match=r"pack\.json: does not say what"):
+        operate("revert", "rmm", tmp_path / "pack", tmp_path / "out", task=task)
+    assert not (tmp_path / "out").exists()

@@ -36,7 +36,20 @@ def test_counts_agree_with_the_instantiated_mixture(
     assert saved == experts * 6 // 8
     rows = found["per_layer"]
     assert sum(row["parameters"] - row["active"] for row in rows) == saved
-    assert {method["command"] for method in found["methods"]} == {"merge"}
+    commands = methods_of(found)
+    assert set(commands) == {"adapter", "compress", "convert", "expert", "merge", "prune"}
+    assert {"sub-moe", "linear"} <= commands["merge"]
+    assert commands["merge"].isdisjoint({"cat", "regmean"})
+
+
+def methods_of(record: Any) -> dict[str, set[str]]:
+    """Names by command; none twice."""
+    found: dict[str, set[str]] = {}
+    for method in record["methods"]:
+        names = found.setdefault(method["command"], set())
+        assert method["name"] not in names
+        names.add(method["name"])
+    return found
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -54,7 +67,12 @@ def test_counts_agree_with_the_instantiated_dense_model(
     assert found["tied_embeddings"] is tied
     assert ("head" in found["parameters"]["components"]) is not tied
     assert found["upcycle_targets"]
-    assert {method["command"] for method in found["methods"]} == {"upcycle"}
+    commands = methods_of(found)
+    assert set(commands) == {"adapter", "compress", "merge", "upcycle"}
+    assert {"regmean", "linear"} <= commands["merge"]
+    assert commands["merge"].isdisjoint({"cat", "sub-moe"})
+    assert "svd" in commands["compress"]
+    assert "mobe" not in commands["compress"]
 
 
 @pytest.mark.parametrize(("renormalise", "same"), [(True, True), (False, False)])
