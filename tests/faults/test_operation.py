@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 import torch
 
-from moesurg.surgery.calibration.run import calibrate
 from moesurg.surgery.checkpoint import fs
 from moesurg.surgery.errors import (
     InputError,
@@ -30,28 +29,13 @@ from moesurg.surgery.operation import Request, run
 from moesurg.surgery.progress import Silent
 from moesurg.surgery.verification import verify
 from tests.faults.harness import digest, effects, failing_at
-from tests.oracle.helpers import operate, rewrite, tensors
+from tests.oracle.helpers import calibrated, operate, rewrite, tensors
 
 Checkpoint = Callable[..., Path]
 
 
 def statistics(source: Path, output: Path) -> Path:
-    calibrate(
-        str(source),
-        output,
-        data=[],
-        tokens=200,
-        seq_len=50,
-        mode="routed",
-        inputs=0,
-        gram=False,
-        trace=False,
-        device="cpu",
-        force=False,
-        resume=False,
-        progress=Silent(),
-    )
-    return output
+    return calibrated(source, output, tokens=200, seq_len=50)
 
 
 @pytest.mark.parametrize("command", ["upcycle", "merge"])

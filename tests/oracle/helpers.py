@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,11 +11,27 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from moesurg.surgery.calibration.run import calibrate
 from moesurg.surgery.checkpoint.formats import format_of
 from moesurg.surgery.checkpoint.header import TensorInfo, read_header, read_json
 from moesurg.surgery.checkpoint.reader import open_checkpoint
+from moesurg.surgery.methods.base import DataNeed
 from moesurg.surgery.operation import Request, run
 from moesurg.surgery.progress import Silent
+
+PAIRS = [
+    ("llama", "mixtral"),
+    ("mistral", "mixtral"),
+    ("qwen2", "qwen2_moe"),
+    ("qwen3", "qwen3_moe"),
+]
+"""Dense families and the mixtures that hold them."""
+TEXTS = {
+    "code": "def add(first, second):\n    return first + second\n" * 30,
+    "prose": "The river ran slowly past the old mill and on towards the sea. " * 30,
+    "numbers": "12 + 30 = 42; 17 * 3 = 51; 99 - 98 = 1; " * 30,
+}
+"""Texts of three domains, by name."""
 
 
 def stock(folder: Path) -> Any:
@@ -79,6 +96,21 @@ def logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
     return found
 
 
+def custom_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
+    """Logits of an output with model code."""
+    with torch.no_grad():
+        found: torch.Tensor = custom(folder)(input_ids=ids).logits
+    return found
+
+
+def assert_generates(model: Any, ids: torch.Tensor) -> None:
+    """The cache gives what is computed without one."""
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    with torch.no_grad():
+        cached = model.generate(ids, use_cache=True, **settings)
+        assert torch.equal(cached, model.generate(ids, use_cache=False, **settings))
+
+
 def drift(first: Path, second: Path) -> float:
     """Largest difference of logits on random tokens."""
     ids = token_ids(first)
@@ -112,6 +144,49 @@ def stored_tensors(folder: Path) -> dict[str, TensorInfo]:
     if (folder / "shared.safetensors").exists():
         found |= read_header(folder / "shared.safetensors")
     return found
+
+
+def report_of(folder: Path) -> Any:
+    """What an output tells of itself."""
+    return json.loads((folder / "report.json").read_text())
+
+
+def decisions(folder: Path) -> Any:
+    """An output's decisions, by layer."""
+    return report_of(folder)["decisions"]
+
+
+def units(folder: Path) -> Any:
+    """What an output's units measured, by their names."""
+    return report_of(folder)["units"]
+
+
+def calibrated(
+    source: Path,
+    output: Path,
+    *,
+    mode: DataNeed = "routed",
+    tokens: int = 600,
+    seq_len: int = 64,
+    inputs: int = 0,
+) -> Path:
+    """A folder of statistics of the built-in text."""
+    calibrate(
+        str(source),
+        output,
+        data=(),
+        tokens=tokens,
+        seq_len=seq_len,
+        mode=mode,
+        inputs=inputs,
+        gram=False,
+        trace=False,
+        device="cpu",
+        force=False,
+        resume=False,
+        progress=Silent(),
+    )
+    return output
 
 
 def grams_of(source: Path) -> Path:

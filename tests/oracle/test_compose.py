@@ -16,9 +16,6 @@ from moesurg.surgery.errors import InputError, UsageError
 from moesurg.surgery.methods.experts import compose
 from tests.oracle.helpers import drift, operate, stock, tensors
 from tests.oracle.test_merge import shuffled_copies
-from tests.oracle.test_reconstruct import sampled
-
-__all__ = ["sampled"]
 
 Checkpoint = Callable[..., Path]
 Sampler = Callable[..., Path]

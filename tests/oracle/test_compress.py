@@ -23,7 +23,7 @@ from moesurg.surgery.methods.compress._ranks import stored, uniform_ranks
 from moesurg.surgery.progress import Silent
 from moesurg.surgery.verify_custom import verify_custom
 from tests.faults.harness import digest
-from tests.oracle.helpers import custom, operate, rewrite, stock, tensors, token_ids
+from tests.oracle.helpers import custom, grams_of, operate, rewrite, stock, tensors, token_ids
 
 Checkpoint = Callable[..., Path]
 RATIO = 0.3
@@ -251,20 +251,10 @@ def test_svd_llm_is_the_whitened_truncation_and_beats_svd(
     checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     source = checkpoint("llama")
-    grams = calibrate_grams(
-        Model.open(source),
-        tmp_path / "grams",
-        data=(),
-        tokens=600,
-        seq_len=64,
-        device="cpu",
-        force=False,
-        resume=False,
-        progress=Silent(),
-    )
-    assert Grams.open(tmp_path / "grams").layers == [0, 1, 2]
+    grams = Grams.open(grams_of(source))
+    assert grams.layers == [0, 1, 2]
     arguments: dict[str, Any] = {"ratio": RATIO, "form": "dense"}
-    given = {**arguments, "calibration": tmp_path / "grams"}
+    given = {**arguments, "calibration": grams.folder}
     operate("compress", "svd-llm", source, tmp_path / "given", **given)
     operate("compress", "svd-llm", source, tmp_path / "fresh", **arguments)
     operate("compress", "svd", source, tmp_path / "plain", **arguments)

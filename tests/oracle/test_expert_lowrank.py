@@ -12,7 +12,16 @@ import pytest
 import torch
 
 from moesurg.surgery.errors import InputError, UsageError
-from tests.oracle.helpers import custom, drift, logits, operate, rewrite, tensors, token_ids
+from tests.oracle.helpers import (
+    custom,
+    custom_logits,
+    drift,
+    logits,
+    operate,
+    rewrite,
+    tensors,
+    token_ids,
+)
 
 Checkpoint = Callable[..., Path]
 FAMILIES = [
@@ -34,12 +43,6 @@ FAMILIES = [
     "qwen3_next",
     "phimoe",
 ]
-
-
-def custom_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        found: torch.Tensor = custom(folder)(input_ids=ids).logits
-    return found
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from moesurg.surgery.errors import InputError, UsageError
 from moesurg.surgery.progress import Silent
 from moesurg.surgery.verification import verify
-from tests.oracle.helpers import custom, logits, operate, tensors, token_ids
+from tests.oracle.helpers import assert_generates, custom, logits, operate, tensors, token_ids
 
 Checkpoint = Callable[..., Path]
 KINDS = {"zero": 2, "copy": 1, "constant": 2}
@@ -95,12 +95,7 @@ def test_logits_are_what_the_equation_says(checkpoint: Checkpoint, tmp_path: Pat
 def test_it_generates_with_a_cache(checkpoint: Checkpoint, tmp_path: Path) -> None:
     source = checkpoint("mixtral", dtype="bfloat16")
     operate("expert", "null", source, tmp_path / "out", **KINDS, top_k=3, std=0.3, **BOTH)
-    model: Any = custom(tmp_path / "out")
-    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    ids = token_ids(source, rows=2)
-    with torch.no_grad():
-        cached = model.generate(ids, use_cache=True, **settings)
-        assert torch.equal(cached, model.generate(ids, use_cache=False, **settings))
+    assert_generates(custom(tmp_path / "out"), token_ids(source, rows=2))
 
 
 def test_what_cannot_have_it_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:

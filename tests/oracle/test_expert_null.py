@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from moesurg.surgery.errors import InputError, UsageError
-from tests.oracle.helpers import custom, drift, logits, operate, stock, token_ids
+from tests.oracle.helpers import assert_generates, custom, drift, logits, operate, stock, token_ids
 
 Checkpoint = Callable[..., Path]
 KINDS = {"zero": 2, "copy": 1, "constant": 2}
@@ -90,12 +90,7 @@ def test_barred_ones_change_nothing(family: str, checkpoint: Checkpoint, tmp_pat
 def test_it_generates_with_a_cache(checkpoint: Checkpoint, tmp_path: Path) -> None:
     source = checkpoint("mixtral", dtype="bfloat16")
     operate("expert", "null", source, tmp_path / "out", **KINDS, top_k=4, std=0.3)
-    model: Any = custom(tmp_path / "out")
-    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    ids = token_ids(source, rows=2)
-    with torch.no_grad():
-        cached = model.generate(ids, use_cache=True, **settings)
-        assert torch.equal(cached, model.generate(ids, use_cache=False, **settings))
+    assert_generates(custom(tmp_path / "out"), token_ids(source, rows=2))
 
 
 def test_what_makes_no_sense_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:

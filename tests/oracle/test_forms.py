@@ -19,7 +19,15 @@ from moesurg.surgery.modeling import moesurg_mixtures
 from moesurg.surgery.progress import Silent
 from moesurg.surgery.verification import verify
 from tests.faults.harness import digest
-from tests.oracle.helpers import custom, operate, rewrite, stock, tensors, token_ids
+from tests.oracle.helpers import (
+    assert_generates,
+    custom,
+    operate,
+    rewrite,
+    stock,
+    tensors,
+    token_ids,
+)
 
 Checkpoint = Callable[..., Path]
 MIXTURES = sorted(name for name, family in families().items() if family.moe is not None)
@@ -76,13 +84,6 @@ def outputs(model: Any, ids: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         found: torch.Tensor = model(input_ids=ids).logits
     return found
-
-
-def assert_generates(model: Any, ids: torch.Tensor) -> None:
-    """The cache gives what is computed without one."""
-    settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
-    with_cache = model.generate(ids[:1], **settings)
-    assert torch.equal(with_cache, model.generate(ids[:1], use_cache=False, **settings))
 
 
 @pytest.mark.parametrize("family", MIXTURES)

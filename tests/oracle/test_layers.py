@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,20 +16,13 @@ from moesurg.surgery.errors import InputError, UsageError
 from moesurg.surgery.executors.serial import SerialExecutor
 from moesurg.surgery.methods.experts._reconstruct import NewExpert, reconstruct
 from tests.faults.harness import digest
-from tests.oracle.helpers import custom, operate, stock, tensors
-from tests.oracle.test_reconstruct import block, rows_of, sampled, units
-
-__all__ = ["sampled"]
+from tests.oracle.helpers import custom, decisions, operate, stock, tensors, units
+from tests.oracle.test_reconstruct import block, rows_of
 
 Checkpoint = Callable[..., Path]
 Sampler = Callable[..., Path]
 BLIND = {"group_by": "weights", "cluster": "hierarchical", "combine": "mean"}
 TEXT = {"tokens": 512, "seq_len": 64}
-
-
-def decisions(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "report.json").read_text())["decisions"]
-    return found
 
 
 @pytest.fixture

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +11,17 @@ import torch
 from moesurg.surgery.errors import InputError, UsageError
 from moesurg.surgery.progress import Silent
 from moesurg.surgery.verification import verify
-from tests.oracle.helpers import custom, drift, logits, operate, rewrite, stock, tensors, token_ids
+from tests.oracle.helpers import (
+    custom,
+    decisions,
+    drift,
+    logits,
+    operate,
+    rewrite,
+    stock,
+    tensors,
+    token_ids,
+)
 
 Checkpoint = Callable[..., Path]
 MOE = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"]
@@ -28,11 +36,6 @@ def name(family: str, layer: int, expert: int, projection: str) -> str:
         short = {"gate": "1", "up": "3", "down": "2"}[projection]
         return NAMES["mixtral"].format(layer=layer, expert=expert, projection=short)
     return NAMES["other"].format(layer=layer, expert=expert, projection=projection)
-
-
-def decisions(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "report.json").read_text())["decisions"]
-    return found
 
 
 @pytest.mark.parametrize("method", ["m-smoe", "sub-moe"])

@@ -13,14 +13,21 @@ import pytest
 import torch
 
 from moesurg.surgery.architectures.model import Model
-from moesurg.surgery.calibration.run import calibrate
 from moesurg.surgery.calibration.statistics import Statistics
 from moesurg.surgery.errors import InputError, UsageError
 from moesurg.surgery.methods import names
 from moesurg.surgery.methods.prune import hope
 from moesurg.surgery.methods.prune._keep import candidates, subsets
-from moesurg.surgery.progress import Silent
-from tests.oracle.helpers import drift, operate, rewrite, stock, tensors, token_ids
+from tests.oracle.helpers import (
+    calibrated,
+    decisions,
+    drift,
+    operate,
+    rewrite,
+    stock,
+    tensors,
+    token_ids,
+)
 
 Checkpoint = Callable[..., Path]
 MOE = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"]
@@ -28,27 +35,8 @@ METHODS = names("prune")
 DATA_FREE = ("aimer", "random")
 
 
-def decisions(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "report.json").read_text())["decisions"]
-    return found
-
-
 def statistics(source: Path, output: Path, tokens: int = 600, inputs: int = 0) -> Statistics:
-    calibrate(
-        str(source),
-        output,
-        data=(),
-        tokens=tokens,
-        seq_len=64,
-        mode="routed",
-        inputs=inputs,
-        gram=False,
-        trace=False,
-        device="cpu",
-        force=False,
-        resume=False,
-        progress=Silent(),
-    )
+    calibrated(source, output, tokens=tokens, inputs=inputs)
     return Statistics.open(output)
 
 

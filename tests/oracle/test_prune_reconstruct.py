@@ -13,10 +13,8 @@ import torch
 from moesurg.surgery.errors import InputError, UsageError
 from moesurg.surgery.methods.prune.graft import exchange
 from tests.faults.harness import digest
-from tests.oracle.helpers import drift, operate, rewrite, stock, tensors
-from tests.oracle.test_reconstruct import block, rows_of, sampled, units
-
-__all__ = ["sampled"]
+from tests.oracle.helpers import drift, operate, rewrite, stock, tensors, units
+from tests.oracle.test_reconstruct import assert_as_told, block, rows_of
 
 Checkpoint = Callable[..., Path]
 Sampler = Callable[..., Path]
@@ -36,19 +34,7 @@ def test_the_stock_layer_is_as_close_as_the_report_says(
     prune(method, source, tmp_path / "new", calibration, reconstruct=True)
     blind = {} if method in ("random", "aimer") else {"calibration": calibration}
     operate("prune", method, source, tmp_path / "plain", experts=4, **blind)
-    original, plain, new = stock(source), stock(tmp_path / "plain"), stock(tmp_path / "new")
-    for layer in range(3):
-        rows = rows_of(calibration, layer)
-        target = block(original, layer, rows)
-        told = units(tmp_path / "new")[f"layer.{layer}.experts"]["reconstruction"]
-        for model, key in ((plain, "error_before"), (new, "error_after")):
-            error = float((block(model, layer, rows) - target).norm() / target.norm())
-            assert error == pytest.approx(told[key], rel=1e-4)
-        assert told["error_after"] < told["error_before"]
-    before, after = tensors(tmp_path / "plain"), tensors(tmp_path / "new")
-    changed = {key for key in before if not torch.equal(before[key], after[key])}
-    assert changed
-    assert all("down_proj" in key for key in changed)
+    assert_as_told(source, tmp_path / "plain", tmp_path / "new", calibration)
 
 
 def test_what_sees_no_text_asks_for_some_only_where_it_solves(

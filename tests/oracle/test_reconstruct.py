@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from collections.abc import Callable
@@ -13,56 +12,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from moesurg.surgery.calibration.run import calibrate
 from moesurg.surgery.errors import InputError, Interrupted, UsageError
 from moesurg.surgery.methods.experts._reconstruct import NewExpert, reconstruct
 from moesurg.surgery.operation import Request, run
 from moesurg.surgery.progress import Silent
 from tests.faults.harness import digest
-from tests.oracle.helpers import drift, operate, stock, tensors
-from tests.oracle.test_merge import decisions, name, shuffled_copies
+from tests.oracle.helpers import decisions, drift, operate, stock, tensors, units
+from tests.oracle.test_merge import name, shuffled_copies
 
 Checkpoint = Callable[..., Path]
 METHODS = ["hc-smoe", "m-smoe", "mergemoe", "ream", "sub-moe"]
 SILU = torch.nn.functional.silu
 
 
-@pytest.fixture(scope="module")
-def sampled(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """All-expert statistics of a checkpoint with sampled inputs, once per folder and number of rows."""
-    made: dict[tuple[Path, int], Path] = {}
-
-    def find(source: Path, inputs: int = 600) -> Path:
-        key = (source, inputs)
-        if key not in made:
-            made[key] = tmp_path_factory.mktemp("sampled") / "statistics"
-            calibrate(
-                str(source),
-                made[key],
-                data=(),
-                tokens=600,
-                seq_len=64,
-                mode="all-expert",
-                inputs=inputs,
-                gram=False,
-                trace=False,
-                device="cpu",
-                force=False,
-                resume=False,
-                progress=Silent(),
-            )
-        return made[key]
-
-    return find
-
-
 def rows_of(statistics: Path, layer: int) -> torch.Tensor:
     return load_file(statistics / "statistics.safetensors")[f"inputs.{layer}"]
-
-
-def units(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "report.json").read_text())["units"]
-    return found
 
 
 def block(model: Any, layer: int, rows: torch.Tensor) -> torch.Tensor:
@@ -71,6 +35,23 @@ def block(model: Any, layer: int, rows: torch.Tensor) -> torch.Tensor:
         found = model.model.layers[layer].mlp(rows[None])
     output: torch.Tensor = found[0] if isinstance(found, tuple) else found
     return output.reshape(rows.shape).double()
+
+
+def assert_as_told(source: Path, plain: Path, new: Path, calibration: Path) -> None:
+    """Stock layers are as far from the source's as the new output's report says, and only down projections differ."""
+    models = stock(source), stock(plain), stock(new)
+    for layer in range(3):
+        rows = rows_of(calibration, layer)
+        told = units(new)[f"layer.{layer}.experts"]["reconstruction"]
+        target, *outputs = (block(model, layer, rows) for model in models)
+        for output, key in zip(outputs, ("error_before", "error_after"), strict=True):
+            error = float((output - target).norm() / target.norm())
+            assert error == pytest.approx(told[key], rel=1e-4)
+        assert told["error_after"] < told["error_before"]
+    before, after = tensors(plain), tensors(new)
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed
+    assert all("down_proj" in key for key in changed)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -87,19 +68,7 @@ def test_the_stock_layer_is_as_close_as_the_report_says_and_never_farther_than_b
     arguments: dict[str, Any] = {"experts": 4, "router": router, "calibration": calibration}
     operate("merge", method, source, tmp_path / "plain", **arguments, sample=600)
     operate("merge", method, source, tmp_path / "new", **arguments, sample=600, reconstruct=True)
-    original, plain, new = stock(source), stock(tmp_path / "plain"), stock(tmp_path / "new")
-    for layer in range(3):
-        rows = rows_of(calibration, layer)
-        target = block(original, layer, rows)
-        told = units(tmp_path / "new")[f"layer.{layer}.experts"]["reconstruction"]
-        for model, key in ((plain, "error_before"), (new, "error_after")):
-            error = float((block(model, layer, rows) - target).norm() / target.norm())
-            assert error == pytest.approx(told[key], rel=1e-4)
-        assert told["error_after"] < told["error_before"]
-    before, after = tensors(tmp_path / "plain"), tensors(tmp_path / "new")
-    changed = {key for key in before if not torch.equal(before[key], after[key])}
-    assert changed
-    assert all("down_proj" in key for key in changed)
+    assert_as_told(source, tmp_path / "plain", tmp_path / "new", calibration)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "olmoe"])

@@ -11,9 +11,7 @@ import torch
 
 from tests.oracle.helpers import operate, stock, tensors
 from tests.oracle.test_merge import decisions, name
-from tests.oracle.test_reconstruct import rows_of, sampled
-
-__all__ = ["sampled"]
+from tests.oracle.test_reconstruct import rows_of
 
 Checkpoint = Callable[..., Path]
 Sampler = Callable[..., Path]

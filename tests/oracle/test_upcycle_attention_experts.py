@@ -12,16 +12,20 @@ import pytest
 import torch
 
 from moesurg.surgery.errors import InputError, UsageError
-from tests.oracle.helpers import custom, logits, operate, rewrite, stock, tensors, token_ids
+from tests.oracle.helpers import (
+    assert_generates,
+    custom,
+    custom_logits,
+    logits,
+    operate,
+    rewrite,
+    stock,
+    tensors,
+    token_ids,
+)
 
 Checkpoint = Callable[..., Path]
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "granite", "cohere2", "ernie4_5"]
-
-
-def custom_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        found: torch.Tensor = custom(folder)(input_ids=ids).logits
-    return found
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -147,9 +151,7 @@ def test_a_cache_changes_nothing(
         start = model(input_ids=ids[:, :7], use_cache=True)
         rest = model(input_ids=ids[:, 7:], past_key_values=start.past_key_values).logits
         torch.testing.assert_close(rest, whole[:, 7:], rtol=1e-4, atol=1e-5)
-        settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-        cached = model.generate(ids, use_cache=True, **settings)
-        assert torch.equal(cached, model.generate(ids, use_cache=False, **settings))
+    assert_generates(model, ids)
     keys = start.past_key_values.layers[0].keys
     heads = stock(sources[0]).config.num_key_value_heads
     assert keys.shape[1] == heads * (2 if kv == "expert" else 1)

@@ -14,15 +14,9 @@ import torch
 from moesurg.surgery.errors import InputError
 from moesurg.surgery.progress import Silent
 from moesurg.surgery.verification import verify
-from tests.oracle.helpers import drift, operate, stock, tensors
+from tests.oracle.helpers import PAIRS, drift, operate, stock, tensors
 
 Checkpoint = Callable[..., Path]
-PAIRS = [
-    ("llama", "mixtral"),
-    ("mistral", "mixtral"),
-    ("qwen2", "qwen2_moe"),
-    ("qwen3", "qwen3_moe"),
-]
 
 
 def edited(source: Path, target: Path, file: str, **values: Any) -> Path:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from moesurg.surgery.errors import InputError, UsageError
-from tests.oracle.helpers import drift, operate, stock, tensors
+from tests.oracle.helpers import PAIRS, drift, operate, stock, tensors
 
 Checkpoint = Callable[..., Path]
 PREFIX = "model.layers.1."
@@ -35,14 +35,6 @@ def origin(rows: torch.Tensor, of: torch.Tensor) -> list[int]:
     """Which row of ``of`` each row is, -1 for none."""
     same = (rows[:, None, :] == of[None, :, :]).all(dim=2)
     return [int(row.nonzero()[0]) if row.any() else -1 for row in same]
-
-
-PAIRS = [
-    ("llama", "mixtral"),
-    ("mistral", "mixtral"),
-    ("qwen2", "qwen2_moe"),
-    ("qwen3", "qwen3_moe"),
-]
 
 
 @pytest.mark.parametrize(("family", "target"), PAIRS)

@@ -11,15 +11,9 @@ import torch
 
 from moesurg.surgery.errors import InputError, UsageError
 from moesurg.surgery.methods.upcycle.virtual_groups import nvidia_factor
-from tests.oracle.helpers import drift, operate, rewrite, stock, tensors
+from tests.oracle.helpers import PAIRS, drift, operate, rewrite, stock, tensors
 
 Checkpoint = Callable[..., Path]
-PAIRS = [
-    ("llama", "mixtral"),
-    ("mistral", "mixtral"),
-    ("qwen2", "qwen2_moe"),
-    ("qwen3", "qwen3_moe"),
-]
 
 
 @pytest.mark.parametrize(("family", "target"), PAIRS)

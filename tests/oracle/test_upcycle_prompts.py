@@ -10,21 +10,9 @@ import pytest
 import torch
 
 from moesurg.surgery.errors import InputError, UsageError
-from tests.oracle.helpers import drift, operate, rewrite, stock, tensors
+from tests.oracle.helpers import TEXTS, drift, operate, rewrite, stock, tensors
 
 Checkpoint = Callable[..., Path]
-TEXTS = {
-    "code": "def add(first, second):\n    return first + second\n" * 30,
-    "prose": "The river ran slowly past the old mill and on towards the sea. " * 30,
-    "numbers": "12 + 30 = 42; 17 * 3 = 51; 99 - 98 = 1; " * 30,
-}
-
-
-@pytest.fixture
-def texts(tmp_path: Path) -> tuple[Path, ...]:
-    for name, text in TEXTS.items():
-        (tmp_path / f"{name}.txt").write_text(text)
-    return tuple(tmp_path / f"{name}.txt" for name in TEXTS)
 
 
 def means_of(folder: Path, files: tuple[Path, ...], layer: int) -> torch.Tensor:

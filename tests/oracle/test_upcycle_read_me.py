@@ -13,17 +13,9 @@ import torch
 from moesurg.surgery.errors import InputError, UsageError
 from moesurg.surgery.linalg.logistic import fit
 from moesurg.surgery.modeling.moesurg_read_me import trailing
-from tests.oracle.helpers import custom, logits, operate, stock, tensors, token_ids
-from tests.oracle.test_upcycle_prompts import TEXTS
+from tests.oracle.helpers import TEXTS, custom, logits, operate, stock, tensors, token_ids
 
 Checkpoint = Callable[..., Path]
-
-
-@pytest.fixture
-def texts(tmp_path: Path) -> tuple[Path, ...]:
-    for name, text in TEXTS.items():
-        (tmp_path / f"{name}.txt").write_text(text)
-    return tuple(tmp_path / f"{name}.txt" for name in TEXTS)
 
 
 def sequences_of(folder: Path, files: tuple[Path, ...]) -> Any:

@@ -11,17 +11,10 @@ import pytest
 import torch
 
 from moesurg.surgery.errors import InputError, UsageError
-from tests.oracle.helpers import custom, drift, operate, stock, tensors
-from tests.oracle.test_upcycle_prompts import TEXTS, means_of
+from tests.oracle.helpers import TEXTS, custom, drift, operate, report_of, stock, tensors
+from tests.oracle.test_upcycle_prompts import means_of
 
 Checkpoint = Callable[..., Path]
-
-
-@pytest.fixture
-def texts(tmp_path: Path) -> tuple[Path, ...]:
-    for name, text in TEXTS.items():
-        (tmp_path / f"{name}.txt").write_text(text)
-    return tuple(tmp_path / f"{name}.txt" for name in TEXTS)
 
 
 def gate(folder: Path, layer: int = 1) -> torch.Tensor:
@@ -33,10 +26,6 @@ def gate(folder: Path, layer: int = 1) -> torch.Tensor:
     ]
     assert len(found) == 1
     return found[0].double()
-
-
-def report(folder: Path) -> Any:
-    return json.loads((folder / "report.json").read_text())
 
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -70,7 +59,7 @@ def test_every_method_takes_rows_from_texts(
     if name == "virtual-groups":
         wanted_ED = wanted_ED.repeat_interleave(2, dim=0)
     torch.testing.assert_close(gate(output), wanted_ED, rtol=1e-3, atol=1e-3)
-    found = report(output)
+    found = report_of(output)
     assert found["decisions"]["1"]["texts"] == list(TEXTS)
     assert sum(found["decisions"]["1"]["load"]) == pytest.approx(1, abs=1e-3)
     if name != "bam":
@@ -144,7 +133,7 @@ def test_logistic_rows_are_the_fit_to_what_the_router_sees(
     wanted.fit((x_ND / rms_D).numpy(), label_N.numpy())
     wanted_CD = torch.from_numpy(wanted.coef_) / rms_D / 2
     torch.testing.assert_close(gate(output), wanted_CD, rtol=1e-2, atol=2e-3)
-    found = report(output)["units"]["layer.1.router"]
+    found = report_of(output)["units"]["layer.1.router"]
     right = (x_ND @ wanted_CD.T).argmax(dim=-1) == label_N
     assert found["accuracy"] == pytest.approx(float(right.double().mean()), abs=5e-3)
     assert 0 < found["accuracy_held_out"] <= 1
@@ -180,7 +169,7 @@ def test_tied_experts_have_one_row_and_zero_ones_none(
     operate("upcycle", "sparse", source, tmp_path / "zero", **zero)
     assert not gate(tmp_path / "zero").any()
     for name in ("tied", "zero"):
-        assert report(tmp_path / name)["exactness"]["kind"] == "exact"
+        assert report_of(tmp_path / name)["exactness"]["kind"] == "exact"
         assert drift(source, tmp_path / name) < 1e-4
 
 

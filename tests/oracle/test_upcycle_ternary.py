@@ -10,16 +10,19 @@ import pytest
 import torch
 
 from moesurg.surgery.errors import InputError
-from tests.oracle.helpers import custom, drift, logits, operate, tensors, token_ids
+from tests.oracle.helpers import (
+    assert_generates,
+    custom,
+    custom_logits,
+    drift,
+    logits,
+    operate,
+    tensors,
+    token_ids,
+)
 
 Checkpoint = Callable[..., Path]
 PARENTS = ["llama", "qwen2", "ernie4_5", "hunyuan_v1_dense", "cohere2"]
-
-
-def custom_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        found: torch.Tensor = custom(folder)(input_ids=ids).logits
-    return found
 
 
 @pytest.mark.parametrize("parent", PARENTS)
@@ -103,12 +106,7 @@ def test_four_codes_take_a_byte(checkpoint: Checkpoint, tmp_path: Path) -> None:
 def test_it_generates_with_a_cache(checkpoint: Checkpoint, tmp_path: Path) -> None:
     source = checkpoint("qwen2", dtype="bfloat16")
     operate("upcycle", "ternary", source, tmp_path / "out", experts=3)
-    model: Any = custom(tmp_path / "out")
-    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    ids = token_ids(source, rows=2)
-    with torch.no_grad():
-        cached = model.generate(ids, use_cache=True, **settings)
-        assert torch.equal(cached, model.generate(ids, use_cache=False, **settings))
+    assert_generates(custom(tmp_path / "out"), token_ids(source, rows=2))
 
 
 def test_families_without_a_shared_expert_are_refused(
