@@ -10,6 +10,7 @@ from typing import Any, cast
 from . import shelves
 from .adapters.adapter import Adapter
 from .architectures.model import Model
+from .check_text import check_ids
 from .checkpoint.formats import ADAPTER, PACK, format_of
 from .checkpoint.header import read_json
 from .checkpoint.hub import resolve
@@ -20,14 +21,13 @@ from .executors.base import memory_budget
 from .packs import Pack
 from .progress import Progress
 from .report.record import SCHEMA_VERSION, self_digest
-from .seeding import stream
 from .sources import open_source
 from .verify_adapter import verify_adapter
 from .verify_custom import verify_custom
 
 LOGITS = "largest |difference of logits|"
-CHECK_TOKENS = 512
-"""Tokens of text on which the promised exactness is measured."""
+CHECK_TOKENS, CHECK_LENGTH = 512, 128
+"""Tokens of text on which the promised exactness is measured, and those of one sequence at most."""
 
 
 def verify(
@@ -234,7 +234,9 @@ def _exactness(
     original = open_either(source)
 
     progress.stage("measuring", 1)
-    measured = drift(model, original, _check_ids(model), device=device)
+    longest = model.config.get("max_position_embeddings")
+    length = min(CHECK_LENGTH, longest) if isinstance(longest, int) else CHECK_LENGTH
+    measured = drift(model, original, check_ids(model, CHECK_TOKENS, length), device=device)
     progress.advance()
     limit = promised["tolerance"] if promised["kind"] != "approximate" else None
     if limit is not None and measured > limit:
@@ -280,19 +282,3 @@ def _source(report: Mapping[str, Any], reference: str | None) -> Path | None:
     except MoesurgError:
         return None
     return found if same else None
-
-
-def _check_ids(model: Model) -> list[list[int]]:
-    """Token ids of the built-in text, or fixed pseudo-random ones where the folder has no tokenizer."""
-    from .calibration.corpus import default_corpus
-    from .calibration.sequences import tokenise
-
-    longest = model.config.get("max_position_embeddings")
-    length = min(128, longest) if isinstance(longest, int) else 128
-    try:
-        sequences = tokenise(default_corpus(), model.folder, tokens=CHECK_TOKENS, seq_len=length)
-        return [[int(token) for token in ids] for ids in sequences.ids]
-    except InputError:
-        drawn = stream(0, "verify").integers(0, model.config.vocab, CHECK_TOKENS)
-        ids = [int(token) for token in drawn]
-        return [ids[start : start + length] for start in range(0, CHECK_TOKENS, length)]

@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .architectures.model import Model
-from .calibration.corpus import default_corpus
-from .calibration.sequences import tokenise
+from .check_text import check_ids
 from .checkpoint.reader import Checkpoint
 from .custom import foreign_file, load_custom
 from .errors import InputError, VerificationError
 from .executors.base import memory_budget
 from .progress import Progress
-from .seeding import stream
 
 if TYPE_CHECKING:
     import torch
@@ -76,7 +74,7 @@ def _drift(model: Any, source: Model, device: str) -> float:
     from .calibration.sequences import Sequences
     from .checkpoint.reader import TensorReader
 
-    sequences = Sequences.from_ids(_ids(source))
+    sequences = Sequences.from_ids(check_ids(source, CHECK_TOKENS, CHECK_LENGTH))
     with TensorReader(source.checkpoint) as reader:
         layers = LayerStream(source, reader, device=device)
         with layers.run(sequences) as run:
@@ -101,14 +99,3 @@ def _logits(model: Any, ids_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Te
             input_ids=ids_BT, attention_mask=mask_BT.long(), use_cache=False
         ).logits
     return logits_BTV[mask_BT].float()
-
-
-def _ids(source: Model) -> list[list[int]]:
-    """The built-in text, or fixed pseudo-random ids where the folder has no tokenizer."""
-    try:
-        found = tokenise(default_corpus(), source.folder, tokens=CHECK_TOKENS, seq_len=CHECK_LENGTH)
-        return [[int(token) for token in ids] for ids in found.ids]
-    except InputError:
-        drawn = stream(0, "verify").integers(0, source.config.vocab, CHECK_TOKENS)
-        ids = [int(token) for token in drawn]
-        return [ids[at : at + CHECK_LENGTH] for at in range(0, CHECK_TOKENS, CHECK_LENGTH)]

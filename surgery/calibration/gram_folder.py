@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from ..checkpoint.commit import Staging
     from ..plan import Unit
     from ..progress import Progress, Stop
-    from .sequences import Sequences
 
 __all__ = ["JSON_FILE", "SCHEMA_VERSION", "FreshGrams", "GivenGrams", "Grams", "layer_file"]
 
@@ -168,28 +167,23 @@ class FreshGrams(Fresh):
             stop.check()
 
         with TensorReader(self.model.checkpoint) as reader:
-            manifest = self._collect(reader, sequences, staging, report)
+            manifest = self._collector()(
+                self.model,
+                reader,
+                sequences,
+                staging.write_file,
+                device=self._device,
+                scratch=staging.path,
+                progress=report,
+            )
         staging.write_file(*manifest_file({**manifest, **origin.finish()}))
         return self._folder_class.open(staging.path)
 
-    def _collect(
-        self,
-        reader: TensorReader,
-        sequences: Sequences,
-        staging: Staging,
-        progress: Callable[[str, int, int], None],
-    ) -> dict[str, object]:
+    def _collector(self) -> Callable[..., dict[str, object]]:
+        """What collects and writes the layers' files, and gives their manifest."""
         from .grams import collect_grams
 
-        return collect_grams(
-            self.model,
-            reader,
-            sequences,
-            staging.write_file,
-            device=self._device,
-            scratch=staging.path,
-            progress=progress,
-        )
+        return collect_grams
 
 
 class FreshShifted(FreshGrams):
@@ -215,26 +209,10 @@ class FreshShifted(FreshGrams):
         super().__init__(model, data, tokens, seq_len, device)
         self._units, self._replacement = units, replacement
 
-    def _collect(
-        self,
-        reader: TensorReader,
-        sequences: Sequences,
-        staging: Staging,
-        progress: Callable[[str, int, int], None],
-    ) -> dict[str, object]:
+    def _collector(self) -> Callable[..., dict[str, object]]:
         from .shifted import collect_shifted
 
-        return collect_shifted(
-            self.model,
-            reader,
-            sequences,
-            staging.write_file,
-            self._units,
-            self._replacement,
-            device=self._device,
-            scratch=staging.path,
-            progress=progress,
-        )
+        return partial(collect_shifted, units=self._units, replacement=self._replacement)
 
 
 def calibrate_grams(

@@ -14,7 +14,7 @@ same :class:`Stored`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..architectures.base import PROJECTIONS
@@ -22,12 +22,13 @@ from ..checkpoint.layout import TensorSpec
 from ..checkpoint.region import Region
 from ..errors import InputError
 from ..modeling import custom_config, files
-from ._mixture import mixture, recounted
-from .base import Tier
+from ._mixture import mixture, prediction_notes, recounted
+from .base import Draft, Exactness, Tier
 
 if TYPE_CHECKING:
     from ..architectures.model import Experts, Layer, Model
     from ..execute import Work
+    from ..plan import Unit
 
 KEY = "moesurg_mixtures"
 ROW_MAP = "moesurg_expert_of_row"
@@ -177,6 +178,26 @@ class Form:
     def files(self) -> dict[str, bytes]:
         """Model code that has to stand beside the weights."""
         return files() if self.tier == "custom" else {}
+
+    def draft(
+        self,
+        tensors: Sequence[TensorSpec],
+        units: Sequence[Unit],
+        exactness: Exactness,
+        notes: Sequence[str],
+        sample: int,
+    ) -> Draft:
+        """The draft of an output in this form; ``notes`` follow those of the model and the form."""
+        return Draft(
+            self.config(),
+            tensors,
+            units,
+            exactness,
+            tier=self.tier,
+            notes=[*prediction_notes(self.model), *self.note(), *notes],
+            sample=sample,
+            files=self.files(),
+        )
 
     def note(self) -> list[str]:
         """What a report says of the form."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from ..checkpoint.layout import TensorSpec
+from ..checkpoint.region import Region
 from ..errors import InputError
 from ..plan import Unit, copy_unit
 
@@ -35,6 +36,20 @@ def mixture(layer: Layer) -> Experts:
     if layer.experts is None:
         raise InputError(f"layer {layer.index} has no experts")
     return layer.experts
+
+
+def blocks(experts: Experts, expert: int) -> list[Region]:
+    """Everything of one expert as contiguous stored blocks, however its projections lie inside them."""
+    layout = experts.layout
+    if layout.kind == "per-expert":
+        return list(experts.regions(expert).values())
+    counted = layout.routing_shapes(experts.count, experts.hidden)
+    shapes = layout.shapes(experts.count, experts.hidden, experts.width)
+    return [
+        Region(experts.prefix + name, shape).rows(expert, expert + 1)
+        for name, shape in shapes.items()
+        if name not in counted
+    ]
 
 
 def replaced(

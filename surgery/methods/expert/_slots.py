@@ -14,7 +14,7 @@ from ...checkpoint.layout import TensorSpec
 from ...checkpoint.region import Region
 from ...errors import InputError
 from ...plan import Unit, copy_unit
-from .._mixture import mixture
+from .._mixture import blocks, mixture
 
 if TYPE_CHECKING:
     from ...architectures.model import Experts, Layer, Model
@@ -74,20 +74,6 @@ def moves(layer: Layer, chosen: Sequence[int | None], *, routed: int | None = No
             found.extend((read, [each[at] for each in entries]) for at, read in enumerate(reads))
     name = f"layer.{layer.index}.experts"
     return [copy_unit(name, found, layer=layer.index)] if found else []
-
-
-def blocks(experts: Experts, expert: int) -> list[Region]:
-    """Everything of one expert as contiguous stored blocks, however its projections lie inside them."""
-    layout = experts.layout
-    if layout.kind == "per-expert":
-        return list(experts.regions(expert).values())
-    counted = layout.routing_shapes(experts.count, experts.hidden)
-    shapes = layout.shapes(experts.count, experts.hidden, experts.width)
-    return [
-        Region(experts.prefix + name, shape).rows(expert, expert + 1)
-        for name, shape in shapes.items()
-        if name not in counted
-    ]
 
 
 def routing(experts: Experts, expert: int) -> list[Region]:

@@ -7,14 +7,14 @@ representatives' original order, so merging nothing writes the input's bytes.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...errors import InputError
 from ...plan import Unit
 from .._forms import Form, Stored, check_expert_types, mapped, pad, ragged, row_map, uniform
 from .._layers import LayerOptions, layer_counts
-from .._mixture import mixture, one_mixture, prediction_notes, replaced
+from .._mixture import mixture, one_mixture, replaced
 from ..base import Draft, Exactness
 from ._average import average
 from ._function import activation, gates, require_plain, routed_output, stored
@@ -102,7 +102,7 @@ def plan_merge(
     tensors, units = replaced(
         model, form.specs, lambda layer: _merge_units(layer, form.of(layer), params, sample)
     )
-    notes = [*prediction_notes(model), *form.note()]
+    notes = []
     if router == "tied":
         notes.append(
             f"the router keeps its {model.experts} rows, so every merged expert is written once for "
@@ -114,21 +114,21 @@ def plan_merge(
         if params.get("reconstruct"):
             reason = "every expert is a group of its own, whose down projection is solved for again"
             exactness = Exactness("exact", reason)
-    return Draft(
-        form.config(),
-        tensors,
-        units,
-        exactness,
-        tier=form.tier,
-        notes=notes,
-        sample=sample,
-        files=form.files(),
-    )
+    return form.draft(tensors, units, exactness, notes, sample)
 
 
-def decided_counts(decisions: Mapping[str, Any]) -> dict[int, int]:
-    """Groups of every layer, for the ``settle`` of a method that lets layers differ."""
-    return {int(index): len(decided["groups"]) for index, decided in decisions.items()}
+def settle_at_counts(
+    plan: Callable[[Sequence[Model], Any, dict[int, int] | None], Draft],
+) -> Callable[[Sequence[Model], Any, dict[str, Any]], Draft | None]:
+    """A method's ``settle``: its plan with the numbers that a global allocation gave, where they are stored as such."""
+
+    def settle(models: Sequence[Model], options: Any, decisions: dict[str, Any]) -> Draft | None:
+        if options.allocation == "uniform" or options.router == "tied":
+            return None
+        counts = {int(index): len(decided["groups"]) for index, decided in decisions.items()}
+        return plan(models, options, counts)
+
+    return settle
 
 
 def undecided(draft: Draft) -> Draft:

@@ -28,7 +28,7 @@ from ...errors import InputError, UsageError
 from .._layers import LayerOptions
 from ..base import Draft, MethodInfo, option
 from ._groups import around
-from ._merge import ROUTER_HELP, ROUTERS, decided_counts, plan_merge, transform_merge, undecided
+from ._merge import ROUTER_HELP, ROUTERS, plan_merge, settle_at_counts, transform_merge, undecided
 from ._reconstruct import ReconstructOptions, reconstruct_params
 
 if TYPE_CHECKING:
@@ -63,19 +63,8 @@ class Options(Grouped, ReconstructOptions):
     """What the user chooses."""
 
 
-def plan(models: Sequence[Model], options: Options) -> Draft:
-    """A checkpoint with ``options.experts`` experts a layer."""
-    return _plan(models, options, None)
-
-
-def settle(models: Sequence[Model], options: Options, decisions: Mapping[str, Any]) -> Draft | None:
-    """The numbers that a global allocation gave, where they are stored as such."""
-    if options.allocation == "uniform" or options.router == "tied":
-        return None
-    return _plan(models, options, decided_counts(decisions))
-
-
-def _plan(models: Sequence[Model], options: Options, counts: dict[int, int] | None) -> Draft:
+def plan(models: Sequence[Model], options: Options, counts: dict[int, int] | None = None) -> Draft:
+    """A checkpoint with ``options.experts`` experts a layer, or as many as a global allocation gave each."""
     return plan_grouped(
         models,
         options,
@@ -83,6 +72,9 @@ def _plan(models: Sequence[Model], options: Options, counts: dict[int, int] | No
         params=reconstruct_params(options),
         sample=options.sample if options.reconstruct else 0,
     )
+
+
+settle = settle_at_counts(plan)
 
 
 def plan_grouped(

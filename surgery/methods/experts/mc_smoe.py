@@ -19,15 +19,15 @@ would take. Reconstruction is not offered, since solved down projections have fu
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...errors import UsageError
 from .._mixture import mixture
 from ..base import Draft, Exactness, MethodInfo, option
 from . import m_smoe
-from ._merge import decided_counts, transform_merge
+from ._merge import settle_at_counts, transform_merge
 
 if TYPE_CHECKING:
     from ...architectures.model import Model
@@ -49,19 +49,8 @@ class Options(m_smoe.Grouped):
     refits: int = option(0, "rounds of choosing low-rank part and rows in turn")
 
 
-def plan(models: Sequence[Model], options: Options) -> Draft:
-    """A checkpoint with ``options.experts`` compressed experts a layer."""
-    return _plan(models, options, None)
-
-
-def settle(models: Sequence[Model], options: Options, decisions: Mapping[str, Any]) -> Draft | None:
-    """The numbers that a global allocation gave, where they are stored as such."""
-    if options.allocation == "uniform" or options.router == "tied":
-        return None
-    return _plan(models, options, decided_counts(decisions))
-
-
-def _plan(models: Sequence[Model], options: Options, counts: dict[int, int] | None) -> Draft:
+def plan(models: Sequence[Model], options: Options, counts: dict[int, int] | None = None) -> Draft:
+    """A checkpoint with ``options.experts`` compressed experts a layer, or as many as a global allocation gave each."""
     if options.rank < 0 or options.refits < 0:
         name, value = ("--rank", options.rank) if options.rank < 0 else ("--refits", options.refits)
         raise UsageError(f"{name} should not be negative, is {value}")
@@ -80,6 +69,9 @@ def _plan(models: Sequence[Model], options: Options, counts: dict[int, int] | No
         exactness=Exactness("approximate", reason),
         notes=[*draft.notes, _size(models[0], options)],
     )
+
+
+settle = settle_at_counts(plan)
 
 
 decide = m_smoe.decide_groups

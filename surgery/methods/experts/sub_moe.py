@@ -21,7 +21,7 @@ the same total, found exactly by dynamic programming.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ from ...errors import InputError, UsageError
 from ...seeding import stream
 from ..base import Draft, MethodInfo, option
 from ._groups import from_labels
-from ._merge import ROUTER_HELP, ROUTERS, decided_counts, plan_merge, transform_merge, undecided
+from ._merge import ROUTER_HELP, ROUTERS, plan_merge, settle_at_counts, transform_merge, undecided
 from ._reconstruct import ReconstructOptions, reconstruct_params
 
 if TYPE_CHECKING:
@@ -67,19 +67,8 @@ class Options(ReconstructOptions):
     )
 
 
-def plan(models: Sequence[Model], options: Options) -> Draft:
-    """A checkpoint with ``options.experts`` experts a layer."""
-    return _plan(models, options, None)
-
-
-def settle(models: Sequence[Model], options: Options, decisions: Mapping[str, Any]) -> Draft | None:
-    """The numbers that a global allocation gave, where they are stored as such."""
-    if options.allocation == "uniform" or options.router == "tied":
-        return None
-    return _plan(models, options, decided_counts(decisions))
-
-
-def _plan(models: Sequence[Model], options: Options, counts: dict[int, int] | None) -> Draft:
+def plan(models: Sequence[Model], options: Options, counts: dict[int, int] | None = None) -> Draft:
+    """A checkpoint with ``options.experts`` experts a layer, or as many as a global allocation gave each."""
     if options.rank is not None and options.rank < 1:
         raise UsageError(f"--rank should be at least 1, is {options.rank}")
     if options.rank is not None and options.reconstruct:
@@ -98,6 +87,9 @@ def _plan(models: Sequence[Model], options: Options, counts: dict[int, int] | No
     )
     waits = options.allocation == "global" and options.router != "tied" and counts is None
     return undecided(draft) if waits else draft
+
+
+settle = settle_at_counts(plan)
 
 
 def decide(model: Model, options: Options, statistics: Statistics, seed: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from ...errors import InputError, MoesurgError, UsageError
 from ...plan import COPY_BUFFER, Unit
 from .._forms import Stored, pad, ragged, uniform
 from .._layers import layer_counts
-from .._mixture import mixture, one_mixture, prediction_notes, replaced
+from .._mixture import blocks, mixture, one_mixture, replaced
 from ..base import Draft, Exactness
 from ..experts._function import activation, gates, require_plain, routed_output, stored
 from ..experts._reconstruct import (
@@ -106,22 +106,13 @@ def plan_prune(
         if solve:
             reason = "every expert is kept, and its down projection is solved for again"
             exactness = Exactness("exact", reason)
-    notes = [*prediction_notes(model), *form.note()]
+    notes = []
     if counts is None and model.experts % 8 == 0 and experts % 8:
         notes.append(
             f"{experts} experts divide by fewer devices than {model.experts}: expert-parallel serving "
             "often wants a multiple of 8"
         )
-    return Draft(
-        form.config(),
-        tensors,
-        units,
-        exactness,
-        tier=form.tier,
-        notes=notes,
-        sample=sample,
-        files=form.files(),
-    )
+    return form.draft(tensors, units, exactness, notes, sample)
 
 
 def need_text(draft: Draft, options: SolveOptions) -> Draft:
@@ -274,16 +265,9 @@ def _regions(experts: Experts, slot: int) -> list[Region]:
 
 def _blocks(experts: Experts, expert: int, other: Experts) -> list[Region]:
     """Everything of an expert as contiguous blocks that the other side stores in the same order."""
-    layout = experts.layout
-    if layout.kind == "per-expert" or layout.kind != other.layout.kind:
+    if experts.layout.kind != other.layout.kind:
         return list(experts.regions(expert).values())
-    routing = layout.routing_shapes(experts.count, experts.hidden)
-    shapes = layout.shapes(experts.count, experts.hidden, experts.width)
-    return [
-        Region(experts.prefix + name, shape).rows(expert, expert + 1)
-        for name, shape in shapes.items()
-        if name not in routing
-    ]
+    return blocks(experts, expert)
 
 
 def _counting(experts: Experts) -> list[str]:

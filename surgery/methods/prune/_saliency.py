@@ -122,10 +122,10 @@ def plan_scored(models: Sequence[Model], options: Options) -> Draft:
 
 def by_score(
     score: Callable[[LayerStatistics], Scores],
-) -> Callable[[Model, Options, Statistics, int], dict[str, Any]]:
-    """The ``decide`` of a method whose options are those here: the experts with the highest scores stay."""
+) -> Callable[[Model, Any, Statistics, int], dict[str, Any]]:
+    """The ``decide`` of methods with options ``protect`` and ``unseen``: the highest scores stay. No randomness."""
 
-    def decide(model: Model, options: Options, statistics: Statistics, seed: int) -> dict[str, Any]:
+    def decide(model: Model, options: Any, statistics: Statistics, seed: int) -> dict[str, Any]:
         return decide_by_score(
             model,
             statistics,

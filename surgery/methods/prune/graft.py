@@ -33,21 +33,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...errors import UsageError
 from ..base import Draft, MethodInfo, option
 from ..experts._function import hidden
 from ..experts._reconstruct import NewExpert, SolveOptions
 from ._prune import plan_prune, reconstructed, transform_prune
-from ._saliency import PROTECT, PROTECT_HELP, UNSEEN, UNSEEN_HELP, decide_by_score
+from ._saliency import PROTECT, PROTECT_HELP, UNSEEN, UNSEEN_HELP, by_score
 from .reap import score
 
 if TYPE_CHECKING:
     import torch
 
     from ...architectures.model import Experts, Model
-    from ...calibration.statistics import Statistics
     from ...execute import Work
     from ._prune import Sampled
 
@@ -77,16 +76,7 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
     return plan_prune(models, options.experts, options, params={"fraction": options.fraction})
 
 
-def decide(model: Model, options: Options, statistics: Statistics, seed: int) -> dict[str, Any]:
-    """The experts with the highest scores stay. Uses no randomness."""
-    return decide_by_score(
-        model,
-        statistics,
-        score,
-        experts=options.experts,
-        protect=options.protect,
-        unseen=options.unseen,
-    )
+decide = by_score(score)
 
 
 def transform(work: Work) -> dict[str, object]:

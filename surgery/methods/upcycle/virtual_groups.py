@@ -27,7 +27,7 @@ same.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -86,27 +86,25 @@ def plan(models: Sequence[Model], options: Options) -> Draft:
                 f"{name} {value} is not a multiple of --granularity {shards}",
                 hint="whole groups of shards are selected; anything else is not the dense function",
             )
-    mixture = common.grow(
-        model,
-        experts=options.experts,
-        top_k=options.top_k,
-        target=options.target,
-        width=neurons // shards,
-    )
+
+    def grown(changes: Mapping[str, object]) -> common.Mixture:
+        return common.grow(
+            model,
+            experts=options.experts,
+            top_k=options.top_k,
+            target=options.target,
+            width=neurons // shards,
+            changes=changes,
+        )
+
+    mixture = grown({})
     if not options.normalise:
         if "norm_topk_prob" not in mixture.raw:
             raise InputError(
                 f"{mixture.family.model_type} always normalises the selected weights",
                 hint="--no-normalise is for the Qwen families",
             )
-        mixture = common.grow(
-            model,
-            experts=options.experts,
-            top_k=options.top_k,
-            target=options.target,
-            width=neurons // shards,
-            changes={"norm_topk_prob": False},
-        )
+        mixture = grown({"norm_topk_prob": False})
     factors = _factors(mixture, options, shards)
 
     def fill(layer: Layer, experts: Experts) -> tuple[list[Unit], common.Moves]:
