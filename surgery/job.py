@@ -1,4 +1,4 @@
-"""The part of a run that writes: calibration, decisions, units, report, commit."""
+"""The part of a run that writes: calibration, decisions, units, commit. `finishing.py` writes what is not weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 from . import __version__
 from .checkpoint.commit import Staging, fingerprint_digest
-from .checkpoint.formats import FORMATS
 from .checkpoint.writer import Hasher, ShardWriter
 from .deciding import Decider
 from .digests import Digests, file_marks, header_digest
@@ -19,17 +18,11 @@ from .execute import PLAN_FILE, Runner
 from .executors.base import Executor, memory_budget
 from .executors.pool import PoolExecutor
 from .executors.serial import SerialExecutor
+from .finishing import finish
 from .methods.base import Draft, Method
-from .outputs import (
-    carried_from_all,
-    config_bytes,
-    output_record,
-    sources_record,
-    write_archives,
-)
 from .plan import Plan, Unit, validate
 from .progress import Progress, Stop
-from .report import card, record
+from .report import record
 from .sources import Source
 from .weights import Weights
 
@@ -172,7 +165,7 @@ class Job:
                 decision = self._decide(staging)
             self._settle(decision)
             hashes, metrics = self._execute(staging, decision)
-            self._finish(staging, decision, hashes, metrics, digests.finish())
+            finish(self, staging, decision, hashes, metrics, digests.finish())
             self.stop.check()
             if self.statistics is not None:
                 for name in self.statistics.files:
@@ -325,68 +318,6 @@ class Job:
         runner = Runner(self.plan, folder, self.sources)
         runner.stepped = self._stepped
         return SerialExecutor(runner), runner.close
-
-    def _finish(
-        self,
-        staging: Staging,
-        decision: dict[str, Any] | None,
-        hashes: dict[str, str],
-        metrics: dict[str, Any],
-        digests: dict[Path, str],
-    ) -> None:
-        """Write everything that is not weights; the report last."""
-        if self.statistics is not None:
-            self.statistics.check(self.model, digests)
-        small: dict[str, bytes] = {
-            FORMATS[self.draft.format].config: config_bytes(
-                self.draft.config, own_code=self.draft.tier == "custom"
-            ),
-            **self.draft.files,
-            **{name: make(self.plan.units, metrics) for name, make in self.draft.results.items()},
-        }
-        small.update(self.plan.indexes())
-        for name, data in carried_from_all([source.folder for source in self.sources]).items():
-            small.setdefault(name, data)
-        described = None if decision is None else decision["statistics"]
-        report: dict[str, Any] = record.base_record(self.plan.command, self.plan.method)
-        report |= {
-            "command": record.command_line(
-                self.plan.command,
-                self.plan.method,
-                self.request.sources,
-                self.plan.options,
-                self.plan.seed,
-                [] if self.statistics is None else self.statistics.arguments(),
-            ),
-            "options": dict(self.plan.options),
-            "seed": self.plan.seed,
-            "fingerprint": self.fingerprint,
-            "sources": sources_record(
-                [*self.request.sources, *self.draft.references],
-                self.sources,
-                digests,
-            ),
-            "statistics": described,
-            "format": self.draft.format,
-            "tier": self.draft.tier,
-            "exactness": dataclasses.asdict(self.draft.exactness),
-            "notes": list(self.draft.notes),
-            "parameters": record.parameters(self.given, self.plan),
-            "decisions": None if decision is None else decision["layers"],
-            "units": {name: metrics[name] for name in sorted(metrics) if metrics[name]},
-            "unchanged": self.plan.unchanged,
-        }
-        small["README.md"] = card.card(
-            report,
-            self.request.sources,
-            card.common_licence([source.folder for source in self.sources]),
-            base=cast("str | None", self.draft.config.get("base_model_name_or_path")),
-        )
-        archives = write_archives(self.plan, staging, self.stop.check)
-        report["output"] = output_record(self.plan, self.shards, hashes, small, archives)
-        for name, data in small.items():
-            staging.write_file(name, data)
-        staging.write_file("report.json", record.dump(report))
 
 
 class _Coverage:

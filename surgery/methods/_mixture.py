@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from ..architectures.base import PROJECTIONS
 from ..checkpoint.layout import TensorSpec
 from ..checkpoint.region import Region
 from ..errors import InputError
@@ -50,6 +51,24 @@ def blocks(experts: Experts, expert: int) -> list[Region]:
         for name, shape in shapes.items()
         if name not in counted
     ]
+
+
+def check_expert_types(model: Model, layer: Layer) -> None:
+    """Refuse experts stored in several types, of which an average would have to choose one.
+
+    Raises:
+        InputError: naming the first that differs.
+    """
+    experts = mixture(layer)
+    stored = model.dtype(experts.region(0, "gate").tensor)
+    for expert in range(experts.count):
+        for part, region in experts.regions(expert).items():
+            if part in PROJECTIONS and model.dtype(region.tensor) != stored:
+                raise InputError(
+                    f"{model.folder}: layer {layer.index}: expert {expert}'s {part} is stored as "
+                    f"{model.dtype(region.tensor)}, others as {stored}; experts of mixed types "
+                    "cannot be averaged without choosing one"
+                )
 
 
 def replaced(

@@ -293,10 +293,10 @@ def test_model_code_refuses_what_it_does_not_hold(checkpoint: Checkpoint, tmp_pa
 
 def test_names_are_those_of_the_model_code() -> None:
     """Planning must not import torch, so that it repeats two names."""
-    from moesurg.surgery.methods import _forms
+    from moesurg.surgery.methods import _forms, _stored
 
     assert moesurg_mixtures.KEY == _forms.KEY
-    assert moesurg_mixtures.ROW_MAP == _forms.ROW_MAP
+    assert moesurg_mixtures.ROW_MAP == _stored.ROW_MAP
 
 
 def test_a_stored_mixture_survives_json(checkpoint: Checkpoint) -> None:

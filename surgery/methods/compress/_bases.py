@@ -9,16 +9,15 @@ from typing import TYPE_CHECKING
 from ...architectures.base import PROJECTIONS
 from ...errors import InputError, UsageError
 from ..base import Draft, option
+from ._expert_unit import matrices, write_experts
 from ._experts import (
     WHOLE,
     Entries,
     SharedOptions,
     Sizes,
     largest,
-    matrices,
     numbers,
     plan_experts,
-    write_experts,
 )
 
 if TYPE_CHECKING:

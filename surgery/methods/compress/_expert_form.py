@@ -13,8 +13,8 @@ from ...architectures.base import PROJECTIONS
 from ...checkpoint.layout import TensorSpec
 from ...checkpoint.region import Region
 from ...errors import InputError
-from .._forms import Stored, check_expert_types
-from .._mixture import mixture
+from .._mixture import check_expert_types, mixture
+from .._stored import Stored
 from ._entries import Entry, Leaf, expert_leaves
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""The machinery of methods that compress a mixture's experts together: sizes, ranks, the planned output, writing.
+"""The plan of methods that compress a mixture's experts together: sizes, ranks, the output. `_expert_unit.py` runs it.
 
 Gate, up and down are replaced by an entry each (`_entries.py`), the same in every layer. It decides the tensors of the
 ``shared`` form; the ``dense`` form writes the matrices these stand for.
@@ -9,17 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from ...architectures.base import PROJECTIONS
-from ...architectures.linears import expert_input
 from ...checkpoint.layout import TensorSpec
 from ...checkpoint.region import Region
 from ...errors import InputError
 from ...modeling import custom_config, files
 from ...plan import Unit, copy_unit
-from .._forms import check_expert_types
-from .._mixture import mixture, one_mixture, prediction_notes, replaced
+from .._mixture import check_expert_types, mixture, one_mixture, prediction_notes, replaced
 from ..base import Draft, Exactness, option, required
 from . import _expert_form as form_of_experts
 from ._entries import expert_leaves
@@ -27,10 +25,7 @@ from ._expert_form import LOAD, WHOLE, Entries
 from ._options import check_ratio
 
 if TYPE_CHECKING:
-    import torch
-
     from ...architectures.model import Layer, Model
-    from ...execute import Work
 
 RATIO_HELP = (
     "fraction of all numbers of the routed experts' matrices to remove, above 0 and below 1, whichever of them "
@@ -64,16 +59,6 @@ class Sizes:
     @property
     def numbers(self) -> int:
         return 3 * self.experts * self.hidden * self.width
-
-
-class Found(Protocol):
-    """What a method makes of one projection of all experts of a layer."""
-
-    def weight(self, expert: int) -> torch.Tensor:
-        """The matrix [out, in] an expert is left with."""
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """What the shared form stores, by leaf name."""
 
 
 def numbers(entries: Entries, sizes: Sizes) -> int:
@@ -189,76 +174,6 @@ def plan_experts(
     )
 
 
-def matrices(work: Work, part: str) -> list[torch.Tensor]:
-    """One projection [out, in] of every expert of the unit's layer, float32."""
-    experts = mixture(work.model.layers[work.layer])
-    return [work.read(experts.region(expert, part)) for expert in range(experts.count)]
-
-
-def grams(work: Work, part: str) -> list[torch.Tensor | None] | None:
-    """The Gram matrix of every expert's inputs of one projection; None where the run has no text.
-
-    Gate and up all have the mixture's. An expert that no token chose has None for down.
-    """
-    if work.decision is None:
-        return None
-    from ...calibration.gram_folder import Grams
-
-    folder = Grams.open(work.statistics)
-    count = mixture(work.model.layers[work.layer]).count
-    if part != "down":
-        gram, _ = folder.read(work.layer, expert_input())
-        return [gram] * count
-    found: list[torch.Tensor | None] = []
-    for expert in range(count):
-        gram, rows = folder.read(work.layer, expert_input(expert))
-        found.append(gram if rows else None)
-    return found
-
-
-def write_experts(
-    work: Work,
-    found: Mapping[str, Found],
-    originals: Callable[[str, int], torch.Tensor] | None = None,
-) -> dict[str, object]:
-    """Write the experts in the unit's form; what is not in ``found`` stays as it is.
-
-    Args:
-        originals: what the error is measured against; the stored matrices if None (not right where neurons were
-            moved).
-
-    Returns:
-        ``error``: relative Frobenius distance from the originals by projection.
-    """
-    import torch
-
-    experts = mixture(work.model.layers[work.layer])
-    shared = work.params["shared"]
-    errors: dict[str, float] = {}
-    for part in PROJECTIONS:
-        made = found.get(part)
-        lost = total = 0.0
-        for expert in range(experts.count):
-            region = experts.region(expert, part)
-            if made is None:
-                if not shared:
-                    work.write(region, work.read(region))
-                continue
-            before = originals(part, expert) if originals is not None else work.read(region)
-            after = made.weight(expert)
-            lost += float(torch.linalg.vector_norm(after - before.double()) ** 2)
-            total += float(torch.linalg.vector_norm(before, dtype=torch.float64) ** 2)
-            if not shared:
-                work.write(region, after)
-        if made is not None:
-            errors[part] = (lost / total) ** 0.5 if total else 0.0
-            if shared:
-                for leaf, tensor in made.tensors().items():
-                    name = f"{form_of_experts.module(experts, part)}.{leaf}"
-                    work.write(Region(name, tuple(tensor.shape)), tensor)
-    return {"error": errors}
-
-
 def _specs(model: Model, layer: Layer, entries: Entries, shared: bool) -> Iterator[TensorSpec]:
     if shared:
         yield from form_of_experts.specs(model, layer, entries)
@@ -313,10 +228,7 @@ __all__ = [
     "SharedOptions",
     "Sizes",
     "delta_entries",
-    "grams",
     "largest",
-    "matrices",
     "numbers",
     "plan_experts",
-    "write_experts",
 ]

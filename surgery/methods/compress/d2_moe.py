@@ -23,14 +23,12 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import InputError
 from ..base import Draft, MethodInfo, option
+from ._expert_unit import grams, matrices, write_experts
 from ._experts import (
     DAMPING_HELP,
     SharedOptions,
     delta_entries,
-    grams,
-    matrices,
     plan_experts,
-    write_experts,
 )
 from ._options import check_damping
 

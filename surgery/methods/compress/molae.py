@@ -22,18 +22,16 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import InputError, UsageError
 from ..base import Draft, MethodInfo, option
+from ._expert_unit import grams, matrices, write_experts
 from ._experts import (
     DAMPING_HELP,
     WHOLE,
     Entries,
     SharedOptions,
     Sizes,
-    grams,
     largest,
-    matrices,
     numbers,
     plan_experts,
-    write_experts,
 )
 from ._options import check_damping
 

@@ -22,12 +22,11 @@ from typing import TYPE_CHECKING
 
 from ...errors import UsageError
 from ..base import Draft, MethodInfo, option
+from ._expert_unit import matrices, write_experts
 from ._experts import (
     SharedOptions,
     delta_entries,
-    matrices,
     plan_experts,
-    write_experts,
 )
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from ...checkpoint.layout import TensorSpec
 from ...checkpoint.region import Region
 from ...errors import InputError
 from ...plan import Unit
-from .._forms import ROW_MAP
+from .._stored import ROW_MAP
 
 if TYPE_CHECKING:
     import torch

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from ...errors import InputError, UsageError
 from ...plan import Unit
-from .._forms import never, why_not_padded
+from .._forms import why_not_padded
 from .._mixture import mixture
+from .._stored import never
 
 if TYPE_CHECKING:
     from ...architectures.model import Experts, Layer, Model

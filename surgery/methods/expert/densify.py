@@ -37,8 +37,7 @@ from ...checkpoint.region import Region
 from ...errors import InputError
 from ...plan import Unit
 from .._alike import UNRELATED
-from .._forms import check_expert_types
-from .._mixture import mixture, one_mixture, replaced
+from .._mixture import check_expert_types, mixture, one_mixture, replaced
 from ..base import Draft, Exactness, MethodInfo, option
 
 if TYPE_CHECKING:

@@ -34,8 +34,8 @@ from ...checkpoint.layout import TensorSpec
 from ...checkpoint.region import Region
 from ...errors import InputError, UsageError
 from ...plan import Unit, copy_unit
-from .._forms import NEVER
 from .._mixture import mixture, one_mixture, prediction_notes
+from .._stored import NEVER
 from ..base import Draft, Exactness, MethodInfo, option, required
 from ..experts._merge import undecided
 from ..prune._keep import groups_of, members

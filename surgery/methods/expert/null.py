@@ -35,8 +35,8 @@ from ...checkpoint.region import Region
 from ...errors import InputError, UsageError
 from ...modeling import custom_config, files
 from ...plan import Unit, copy_unit
-from .._forms import check_expert_types
 from .._mixture import (
+    check_expert_types,
     mixture,
     one_mixture,
     prediction_notes,

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING
 
 from ...errors import InputError, UsageError
 from ...plan import Unit
-from .._forms import Form, Stored, pad, why_not_padded
+from .._forms import Form, why_not_padded
 from .._mixture import mixture, one_mixture, prediction_notes, replaced
+from .._stored import Stored, pad
 from ..base import Draft, Exactness, MethodInfo, required
 from ._slots import moves
 

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import InputError
 from ...plan import Unit
-from .._forms import Form, Stored, check_expert_types, mapped, pad, ragged, row_map, uniform
+from .._forms import Form, mapped, ragged, uniform
 from .._layers import LayerOptions, layer_counts
-from .._mixture import mixture, one_mixture, replaced
+from .._mixture import check_expert_types, mixture, one_mixture, replaced
+from .._stored import Stored, pad, row_map
 from ..base import Draft, Exactness
 from ._average import average
 from ._function import activation, gates, require_plain, routed_output, stored

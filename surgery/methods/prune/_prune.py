@@ -17,9 +17,10 @@ from ...architectures.base import PROJECTIONS
 from ...checkpoint.region import Region
 from ...errors import InputError, MoesurgError, UsageError
 from ...plan import COPY_BUFFER, Unit
-from .._forms import Stored, pad, ragged, uniform
+from .._forms import ragged, uniform
 from .._layers import layer_counts
 from .._mixture import blocks, mixture, one_mixture, replaced
+from .._stored import Stored, pad
 from ..base import Draft, Exactness
 from ..experts._function import activation, gates, require_plain, routed_output, stored
 from ..experts._reconstruct import (
