@@ -24,6 +24,7 @@ from ...adapters.output import (
 from ...adapters.packing import LAYOUTS
 from ...errors import UsageError
 from ...plan import Unit
+from .._numbers import parse_numbers
 from ..base import Draft, Exactness, option
 from . import _saved as saved
 
@@ -83,15 +84,7 @@ def parse_weights(text: str | None, count: int, default: float = 1.0) -> list[fl
     """
     if text is None:
         return [default] * count
-    try:
-        found = [float(word) for word in text.split(",")]
-    except ValueError:
-        raise UsageError(f"--weights {text!r} should be numbers separated by commas") from None
-    if len(found) != count:
-        raise UsageError(f"--weights gives {len(found)} numbers for {count} sources")
-    if not all(abs(value) < float("inf") for value in found):
-        raise UsageError(f"--weights {text!r} should be finite")
-    return found
+    return parse_numbers("--weights", text, count, "sources")
 
 
 def weights_in(

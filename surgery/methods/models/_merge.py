@@ -16,6 +16,7 @@ from ...errors import InputError, UsageError
 from ...plan import Unit, copy_unit
 from ...vocabulary import same_vocabulary
 from .._alike import same_settings, same_tensors
+from .._numbers import parse_numbers
 from ..base import Draft, Exactness, option
 from ._blocks import KEPT
 
@@ -58,18 +59,8 @@ def parse_weights(text: str | None, count: int) -> list[float]:
     """
     if text is None:
         return [1.0] * count
-    try:
-        found = [float(word) for word in text.split(",")]
-    except ValueError:
-        raise UsageError(f"--weights {text!r} should be numbers separated by commas") from None
-    if len(found) != count:
-        raise UsageError(
-            f"--weights gives {len(found)} numbers for {count} models",
-            hint="methods that merge changes take the base first, and it has no weight",
-        )
-    if not all(abs(value) < float("inf") for value in found):
-        raise UsageError(f"--weights {text!r} should be finite")
-    return found
+    hint = "methods that merge changes take the base first, and it has no weight"
+    return parse_numbers("--weights", text, count, "models", hint=hint)
 
 
 def shares(weights: Sequence[float]) -> list[float]:

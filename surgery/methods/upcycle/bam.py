@@ -42,6 +42,7 @@ from ...checkpoint.region import Region
 from ...errors import InputError, UsageError
 from ...modeling import custom_config, files
 from ...plan import Unit
+from .._numbers import parse_numbers
 from ..base import Draft, Exactness, MethodInfo, option
 from . import _attentions as attentions
 from . import _branches as branches
@@ -228,12 +229,7 @@ def _router(model: Model, layer: Layer, count: int, std: float) -> Unit:
 def _gates(text: str | None, count: int) -> list[float]:
     if text is None:
         return [1 / count] * count
-    try:
-        gates = [float(word) for word in text.split(",")]
-    except ValueError:
-        raise UsageError(f"--gates {text!r} should be numbers with commas between") from None
-    if len(gates) != count:
-        raise UsageError(f"--gates names {len(gates)} numbers for {count} models")
+    gates = parse_numbers("--gates", text, count, "models")
     if not all(0 <= gate <= 1 for gate in gates) or not math.isclose(sum(gates), 1, abs_tol=1e-6):
         raise UsageError(f"--gates {text} should be between 0 and 1 with sum 1")
     return gates
