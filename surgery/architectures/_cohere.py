@@ -1,7 +1,7 @@
 """Facts that the Cohere 2 families share. Not a family of its own."""
 
 from ..errors import InputError
-from .base import Shape, attention_shapes
+from .base import Shape, flagged_attention
 from .config import Config
 
 DEFAULTS: dict[str, object] = {
@@ -21,8 +21,7 @@ DEFAULTS: dict[str, object] = {
 
 def cohere_attention(config: Config) -> dict[str, Shape]:
     """One norm for attention and feed-forward, which run side by side."""
-    biased = config.flag("attention_bias")
-    shapes = attention_shapes(config, qkv_bias=biased, output_bias=biased)
+    shapes = flagged_attention(config)
     del shapes["post_attention_layernorm.weight"]
     return shapes
 

@@ -1,7 +1,7 @@
 """Facts that DeepSeek-V2, DeepSeek-V3 and the families after them share. Not a family of its own."""
 
 from ..errors import InputError
-from .base import RouterRule, Shape, Shapes
+from .base import MoE, RouterRule, Shape, Shapes
 from .config import Config
 from .layouts import fused, per_expert
 
@@ -71,6 +71,19 @@ def shared_experts(config: Config) -> Shapes:
         "mlp.shared_experts.up_proj.weight": (width, hidden),
         "mlp.shared_experts.down_proj.weight": (hidden, width),
     }
+
+
+MIXTURE = MoE(
+    layouts=(CORRECTED_PER_EXPERT, CORRECTED_FUSED),
+    expert_keys=("n_routed_experts",),
+    other_keys=("num_local_experts",),
+    width_key="moe_intermediate_size",
+    rule=sigmoid_rule,
+    is_moe_layer=after_dense_layers,
+    shared=shared_experts,
+    stock=CORRECTED_FUSED,
+)
+"""DeepSeek-V3's router and experts."""
 
 
 def query_width(config: Config) -> int:

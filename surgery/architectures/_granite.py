@@ -1,6 +1,6 @@
 """Facts that the Granite families share. Not a family of its own."""
 
-from .base import RouterRule, attention_shapes
+from .base import MoE, selected_softmax
 from .config import Config, both_rope_spellings, refuse_flag
 from .layouts import ExpertLayout, fused
 
@@ -32,21 +32,14 @@ DEFAULTS: dict[str, object] = {
     "num_local_experts": 8,
     "num_experts_per_tok": 2,
 }
-
-
-def granite_attention(config: Config) -> dict[str, tuple[int, ...]]:
-    biased = config.flag("attention_bias")
-    return attention_shapes(config, qkv_bias=biased, output_bias=biased)
-
-
-def granite_rule(config: Config) -> RouterRule:
-    """The largest logits, and the softmax of those alone."""
-    return RouterRule(
-        "selected-softmax",
-        config.integer("num_experts_per_tok"),
-        renormalise=False,
-        cast_weights=True,
-    )
+MIXTURE = MoE(
+    layouts=(HUB, STOCK),
+    expert_keys=("num_local_experts",),
+    other_keys=("num_experts",),
+    width_key="intermediate_size",
+    rule=selected_softmax,
+    stock=STOCK,
+)
 
 
 def logits_divisor(config: Config) -> float:

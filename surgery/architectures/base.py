@@ -232,3 +232,21 @@ def attention_shapes(
         shapes["self_attn.q_norm.weight"] = (queries,)
         shapes["self_attn.k_norm.weight"] = (keys,)
     return shapes
+
+
+def flagged_attention(
+    config: Config, *, flag: str = "attention_bias", qk_norm: str = "none"
+) -> dict[str, Shape]:
+    """The same, with biases on all four projections where a flag of the config asks for them."""
+    biased = config.flag(flag)
+    return attention_shapes(config, qkv_bias=biased, output_bias=biased, qk_norm=qk_norm)
+
+
+def selected_softmax(config: Config) -> RouterRule:
+    """The largest logits, and the softmax of those alone."""
+    return RouterRule(
+        "selected-softmax",
+        config.integer("num_experts_per_tok"),
+        renormalise=False,
+        cast_weights=True,
+    )

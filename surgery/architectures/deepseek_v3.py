@@ -3,16 +3,8 @@
 The layer after the last predicts a second token; stock classes leave it aside and it is passed through.
 """
 
-from ._deepseek import (
-    CORRECTED_FUSED,
-    CORRECTED_PER_EXPERT,
-    after_dense_layers,
-    latent_attention,
-    query_width,
-    shared_experts,
-    sigmoid_rule,
-)
-from .base import Family, MoE
+from ._deepseek import MIXTURE, latent_attention, query_width
+from .base import Family
 
 FAMILY = Family(
     model_type="deepseek_v3",
@@ -42,16 +34,7 @@ FAMILY = Family(
         "v_head_dim": 128,
         "num_nextn_predict_layers": 1,
     },
-    moe=MoE(
-        layouts=(CORRECTED_PER_EXPERT, CORRECTED_FUSED),
-        expert_keys=("n_routed_experts",),
-        other_keys=("num_local_experts",),
-        width_key="moe_intermediate_size",
-        rule=sigmoid_rule,
-        is_moe_layer=after_dense_layers,
-        shared=shared_experts,
-        stock=CORRECTED_FUSED,
-    ),
+    moe=MIXTURE,
     head_dim=query_width,
     prediction_layers="num_nextn_predict_layers",
 )

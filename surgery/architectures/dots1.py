@@ -1,23 +1,12 @@
 """dots.llm1: attention with head norms, DeepSeek-V3's router and experts, sliding windows in later layers."""
 
-from ._deepseek import (
-    CORRECTED_FUSED,
-    CORRECTED_PER_EXPERT,
-    after_dense_layers,
-    shared_experts,
-    sigmoid_rule,
-)
-from .base import Family, MoE, attention_shapes
+from ._deepseek import MIXTURE
+from .base import Family, flagged_attention
 
 FAMILY = Family(
     model_type="dots1",
     class_name="Dots1ForCausalLM",
-    attention=lambda config: attention_shapes(
-        config,
-        qkv_bias=config.flag("attention_bias"),
-        output_bias=config.flag("attention_bias"),
-        qk_norm="head",
-    ),
+    attention=lambda config: flagged_attention(config, qk_norm="head"),
     defaults={
         "hidden_act": "silu",
         "rms_norm_eps": 1e-6,
@@ -34,14 +23,5 @@ FAMILY = Family(
         "topk_group": 1,
         "first_k_dense_replace": 0,
     },
-    moe=MoE(
-        layouts=(CORRECTED_PER_EXPERT, CORRECTED_FUSED),
-        expert_keys=("n_routed_experts",),
-        other_keys=("num_local_experts",),
-        width_key="moe_intermediate_size",
-        rule=sigmoid_rule,
-        is_moe_layer=after_dense_layers,
-        shared=shared_experts,
-        stock=CORRECTED_FUSED,
-    ),
+    moe=MIXTURE,
 )

@@ -1,13 +1,11 @@
 """ERNIE-4.5, dense: Llama's block with interleaved rotation, and biases everywhere or nowhere."""
 
-from .base import Family, attention_shapes
+from .base import Family, flagged_attention
 
 FAMILY = Family(
     model_type="ernie4_5",
     class_name="Ernie4_5ForCausalLM",
-    attention=lambda config: attention_shapes(
-        config, qkv_bias=config.flag("use_bias"), output_bias=config.flag("use_bias")
-    ),
+    attention=lambda config: flagged_attention(config, flag="use_bias"),
     dense_biases=lambda config: config.flag("use_bias"),
     defaults={
         "hidden_act": "silu",

@@ -6,7 +6,7 @@ What the checkpoint holds for predicting further tokens (``mtp``) stock classes 
 from collections.abc import Mapping
 
 from ..errors import InputError
-from .base import PROJECTIONS, DenseTarget, Family, MoE, RouterRule, Shapes, attention_shapes
+from .base import PROJECTIONS, DenseTarget, Family, MoE, RouterRule, Shapes, flagged_attention
 from .config import Config, both_rope_spellings, refuse_flag, whole_experts
 from .layouts import fused, per_expert
 
@@ -84,9 +84,7 @@ def _shared_size(config: Mapping[str, object], width: int) -> dict[str, object]:
 FAMILY = Family(
     model_type="ernie4_5_moe",
     class_name="Ernie4_5_MoeForCausalLM",
-    attention=lambda config: attention_shapes(
-        config, qkv_bias=config.flag("use_bias"), output_bias=config.flag("use_bias")
-    ),
+    attention=lambda config: flagged_attention(config, flag="use_bias"),
     dense_biases=lambda config: config.flag("use_bias"),
     defaults={
         "hidden_act": "silu",

@@ -3,14 +3,8 @@
 The layer after the last predicts a second token; stock classes leave it aside and it is passed through.
 """
 
-from ._deepseek import (
-    CORRECTED_FUSED,
-    CORRECTED_PER_EXPERT,
-    after_dense_layers,
-    shared_experts,
-    sigmoid_rule,
-)
-from .base import Family, MoE, attention_shapes
+from ._deepseek import MIXTURE
+from .base import Family, attention_shapes
 
 FAMILY = Family(
     model_type="glm4_moe",
@@ -40,15 +34,6 @@ FAMILY = Family(
         "first_k_dense_replace": 1,
         "num_nextn_predict_layers": 1,
     },
-    moe=MoE(
-        layouts=(CORRECTED_PER_EXPERT, CORRECTED_FUSED),
-        expert_keys=("n_routed_experts",),
-        other_keys=("num_local_experts",),
-        width_key="moe_intermediate_size",
-        rule=sigmoid_rule,
-        is_moe_layer=after_dense_layers,
-        shared=shared_experts,
-        stock=CORRECTED_FUSED,
-    ),
+    moe=MIXTURE,
     prediction_layers="num_nextn_predict_layers",
 )

@@ -4,7 +4,7 @@ An expert is (clamp(up) + 1) * clamp(gate) * sigmoid(alpha * clamp(gate)) betwee
 checkpoints hold MXFP4 blocks and are refused; save them in bfloat16 first.
 """
 
-from .base import Family, MoE, RouterRule, Shape, attention_shapes
+from .base import Family, MoE, Shape, flagged_attention, selected_softmax
 from .config import Config
 from .layouts import ExpertLayout
 
@@ -24,8 +24,7 @@ STOCK = ExpertLayout(
 
 
 def _attention(config: Config) -> dict[str, Shape]:
-    biased = config.flag("attention_bias")
-    shapes = attention_shapes(config, qkv_bias=biased, output_bias=biased)
+    shapes = flagged_attention(config)
     shapes["self_attn.sinks"] = (config.heads,)
     return shapes
 
@@ -53,12 +52,7 @@ FAMILY = Family(
         expert_keys=("num_local_experts",),
         other_keys=("num_experts",),
         width_key="intermediate_size",
-        rule=lambda config: RouterRule(
-            "selected-softmax",
-            config.integer("num_experts_per_tok"),
-            renormalise=False,
-            cast_weights=True,
-        ),
+        rule=selected_softmax,
         stock=STOCK,
     ),
     backend="eager",

@@ -1,15 +1,9 @@
 """Granite mixtures with one ungated shared feed-forward of ``shared_intermediate_size`` neurons (0: none)."""
 
-from ._granite import (
-    DEFAULTS,
-    HUB,
-    STOCK,
-    from_dense,
-    granite_attention,
-    granite_rule,
-    logits_divisor,
-)
-from .base import DenseTarget, Family, MoE, Shapes
+from dataclasses import replace
+
+from ._granite import DEFAULTS, MIXTURE, from_dense, logits_divisor
+from .base import DenseTarget, Family, Shapes, flagged_attention
 from .config import Config
 
 SHARED = {
@@ -35,17 +29,9 @@ def _from_dense(parent: Config, experts: int, top_k: int) -> dict[str, object]:
 FAMILY = Family(
     model_type="granitemoeshared",
     class_name="GraniteMoeSharedForCausalLM",
-    attention=granite_attention,
+    attention=flagged_attention,
     defaults={**DEFAULTS, "shared_intermediate_size": 0},
-    moe=MoE(
-        layouts=(HUB, STOCK),
-        expert_keys=("num_local_experts",),
-        other_keys=("num_experts",),
-        width_key="intermediate_size",
-        rule=granite_rule,
-        shared=_shared,
-        stock=STOCK,
-    ),
+    moe=replace(MIXTURE, shared=_shared),
     logits_divisor=logits_divisor,
     # The residual multiplier is on the sum of both parts, as it is on the dense feed-forward.
     target=DenseTarget(

@@ -6,7 +6,7 @@ the config counts the experts of both mixtures, so that a stock checkpoint canno
 
 from __future__ import annotations
 
-from .base import Family, MoE, RouterRule, Shape
+from .base import Family, MoE, Shape, selected_softmax
 from .config import Config
 from .layouts import ExpertLayout
 
@@ -58,12 +58,7 @@ FAMILY = Family(
         expert_keys=("num_local_experts",),
         other_keys=("num_experts",),
         width_key="intermediate_size",
-        rule=lambda config: RouterRule(
-            "selected-softmax",
-            config.integer("num_experts_per_tok"),
-            renormalise=False,
-            cast_weights=True,
-        ),
+        rule=selected_softmax,
         # What every token gets beside its experts: a constant.
         shared=lambda config: {"mlp.bias": (config.hidden,)},
         stock=STOCK,

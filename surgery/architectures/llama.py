@@ -1,15 +1,11 @@
 """Llama (and SmolLM2, and every other checkpoint that says ``llama``): dense, pre-norm, rotary, SwiGLU."""
 
-from .base import Family, attention_shapes
+from .base import Family, flagged_attention
 
 FAMILY = Family(
     model_type="llama",
     class_name="LlamaForCausalLM",
-    attention=lambda config: attention_shapes(
-        config,
-        qkv_bias=config.flag("attention_bias"),
-        output_bias=config.flag("attention_bias"),
-    ),
+    attention=flagged_attention,
     dense_biases=lambda config: config.flag("mlp_bias"),
     defaults={
         "hidden_act": "silu",

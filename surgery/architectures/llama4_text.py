@@ -7,7 +7,7 @@ Some layers may be dense; those that are stand in ``moe_layers`` or follow from 
 from __future__ import annotations
 
 from ..errors import InputError
-from .base import Family, MoE, RouterRule, Shape, Shapes, attention_shapes
+from .base import Family, MoE, RouterRule, Shapes, flagged_attention
 from .config import Config
 from .layouts import ExpertLayout
 
@@ -18,11 +18,6 @@ STOCK = ExpertLayout(
     transposed=True,
     call="scaled",
 )
-
-
-def _attention(config: Config) -> dict[str, Shape]:
-    biased = config.flag("attention_bias")
-    return attention_shapes(config, qkv_bias=biased, output_bias=biased)
 
 
 def _is_moe_layer(config: Config, layer: int) -> bool:
@@ -46,7 +41,7 @@ def _shared(config: Config) -> Shapes:
 FAMILY = Family(
     model_type="llama4_text",
     class_name="Llama4ForCausalLM",
-    attention=_attention,
+    attention=flagged_attention,
     defaults={
         "hidden_act": "silu",
         "rms_norm_eps": 1e-5,

@@ -1,18 +1,13 @@
 """OLMoE: norms as wide as the query and key projections, softmax top-k without renormalisation by default."""
 
 from ._qwen import qwen_rule
-from .base import Family, MoE, attention_shapes
+from .base import Family, MoE, flagged_attention
 from .layouts import FUSED, PER_EXPERT
 
 FAMILY = Family(
     model_type="olmoe",
     class_name="OlmoeForCausalLM",
-    attention=lambda config: attention_shapes(
-        config,
-        qkv_bias=config.flag("attention_bias"),
-        output_bias=config.flag("attention_bias"),
-        qk_norm="full",
-    ),
+    attention=lambda config: flagged_attention(config, qk_norm="full"),
     defaults={
         "hidden_act": "silu",
         "rms_norm_eps": 1e-5,

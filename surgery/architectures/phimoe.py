@@ -1,7 +1,7 @@
 """Phi-3.5-MoE: layer norms with biases, two experts a token chosen and weighted by sparsemixer."""
 
 from ..errors import InputError
-from .base import Family, MoE, RouterRule, Shape, attention_shapes
+from .base import Family, MoE, RouterRule, Shape, flagged_attention
 from .config import Config
 from .layouts import fused, per_expert
 
@@ -9,8 +9,7 @@ STOCK = fused("mlp.router.weight")
 
 
 def _attention(config: Config) -> dict[str, Shape]:
-    biased = config.flag("attention_bias")
-    shapes = attention_shapes(config, qkv_bias=biased, output_bias=biased)
+    shapes = flagged_attention(config)
     for norm in ("input_layernorm", "post_attention_layernorm"):
         shapes[f"{norm}.bias"] = (config.hidden,)
     return shapes

@@ -1,17 +1,12 @@
 """Qwen3, dense: per-head norms on query and key, no biases unless the config says so."""
 
-from .base import Family, attention_shapes
+from .base import Family, flagged_attention
 from .qwen2 import QWEN_DEFAULTS
 
 FAMILY = Family(
     model_type="qwen3",
     class_name="Qwen3ForCausalLM",
-    attention=lambda config: attention_shapes(
-        config,
-        qkv_bias=config.flag("attention_bias"),
-        output_bias=config.flag("attention_bias"),
-        qk_norm="head",
-    ),
+    attention=lambda config: flagged_attention(config, qk_norm="head"),
     defaults={
         **QWEN_DEFAULTS,
         "num_key_value_heads": 32,

@@ -2,7 +2,7 @@
 
 from ..errors import InputError
 from ._qwen import qwen_moe_layer, qwen_rule
-from .base import DenseTarget, Family, MoE, attention_shapes
+from .base import DenseTarget, Family, MoE, flagged_attention
 from .config import Config, both_rope_spellings
 from .layouts import FUSED, PER_EXPERT
 from .qwen2 import QWEN_DEFAULTS
@@ -35,12 +35,7 @@ def _from_dense(parent: Config, experts: int, top_k: int) -> dict[str, object]:
 FAMILY = Family(
     model_type="qwen3_moe",
     class_name="Qwen3MoeForCausalLM",
-    attention=lambda config: attention_shapes(
-        config,
-        qkv_bias=config.flag("attention_bias"),
-        output_bias=config.flag("attention_bias"),
-        qk_norm="head",
-    ),
+    attention=lambda config: flagged_attention(config, qk_norm="head"),
     defaults={
         **QWEN_DEFAULTS,
         "num_key_value_heads": 4,
