@@ -163,6 +163,13 @@ def settle_at_ranks(
     return settle
 
 
+def own_spectrum(linear: Linear, matrix_MN: torch.Tensor) -> torch.Tensor:
+    """The singular values of a matrix itself, for methods that minimise the Frobenius norm."""
+    from ...linalg.lowrank import singular_values
+
+    return singular_values(matrix_MN)
+
+
 def grouped(
     chosen: Sequence[Linear],
     weights: Weights,
@@ -256,6 +263,7 @@ __all__ = [
     "decided_with_text",
     "grouped",
     "index_of",
+    "own_spectrum",
     "plan_ranked",
     "read_ranks",
     "settle_at_ranks",

@@ -38,7 +38,7 @@ from ...errors import InputError, UsageError
 from ..base import Draft, MethodInfo, option
 from ._lowrank import choose, write_lowrank
 from ._options import check_damping
-from ._ranked import RankOptions, decided_ranks, plan_ranked
+from ._ranked import RankOptions, decided_ranks, own_spectrum, plan_ranked
 
 if TYPE_CHECKING:
     import torch
@@ -103,9 +103,7 @@ def plan(
 
 def draft_from_weights(models: Sequence[Model], options: Options, weights: Weights) -> Draft | None:
     """The output at ranks by the matrices' own singular values, where they are not uniform."""
-    from ...linalg.lowrank import singular_values
-
-    found = decided_ranks(models[0], options, weights, lambda _, matrix: singular_values(matrix))
+    found = decided_ranks(models[0], options, weights, own_spectrum)
     return None if found is None else plan(models, options, found)
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..base import Draft, MethodInfo, option
 from ._lowrank import write_lowrank
-from ._ranked import RankOptions, decided_ranks, plan_ranked, settle_at_ranks
+from ._ranked import RankOptions, decided_ranks, own_spectrum, plan_ranked, settle_at_ranks
 
 if TYPE_CHECKING:
     from ...architectures.model import Model
@@ -59,10 +59,7 @@ def decide_from_weights(
     seed: int,
 ) -> dict[str, Any]:
     """Ranks by the matrices' own singular values, where they are not uniform."""
-    from ...linalg.lowrank import singular_values
-
-    found = decided_ranks(model, options, weights, lambda _, matrix_MN: singular_values(matrix_MN))
-    return found or {}
+    return decided_ranks(model, options, weights, own_spectrum) or {}
 
 
 settle = settle_at_ranks(plan)

@@ -34,6 +34,7 @@ from ._ranked import (
     decided_ranks,
     grouped,
     index_of,
+    own_spectrum,
     plan_ranked,
     settle_at_ranks,
 )
@@ -94,16 +95,11 @@ def decide_from_weights(
     Raises:
         InputError: no threshold removes the asked fraction.
     """
-    from ...linalg.lowrank import singular_values
     from ...linalg.spectrum import places
 
     if options.allocate != "welore" or options.ratio is None:
-        return (
-            decided_ranks(model, options, weights, lambda _, matrix: singular_values(matrix)) or {}
-        )
-    groups, items = grouped(
-        choose(model, options.targets), weights, lambda _, matrix: singular_values(matrix)
-    )
+        return decided_ranks(model, options, weights, own_spectrum) or {}
+    groups, items = grouped(choose(model, options.targets), weights, own_spectrum)
     threshold, ranks = thresholded(
         items,
         {label: places(item.values_P, options.normalise) for label, item in items.items()},
