@@ -46,7 +46,8 @@ from .._mixture import mixture
 from ..base import DataNeed, Draft, MethodInfo, option
 from ._compare import BASES, compare
 from ._groups import Grouping, around, from_labels, from_members, reweighted
-from ._merge import ROUTER_HELP, ROUTERS, plan_merge, transform_merge
+from ._merge import ROUTER_HELP, ROUTERS, plan_merge
+from ._merge_unit import transform_merge
 from ._reconstruct import ReconstructOptions, reconstruct_params
 from .ream import check_size, group, saliency
 

@@ -30,7 +30,8 @@ from .._mixture import mixture
 from ..base import Draft, MethodInfo, option
 from ._compare import compare
 from ._groups import from_labels
-from ._merge import ROUTER_HELP, ROUTERS, plan_merge, transform_merge
+from ._merge import ROUTER_HELP, ROUTERS, plan_merge
+from ._merge_unit import transform_merge
 from ._reconstruct import ReconstructOptions, reconstruct_params
 
 if TYPE_CHECKING:

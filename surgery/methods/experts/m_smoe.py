@@ -28,7 +28,8 @@ from ...errors import InputError, UsageError
 from .._layers import LayerOptions
 from ..base import Draft, MethodInfo, option
 from ._groups import around
-from ._merge import ROUTER_HELP, ROUTERS, plan_merge, settle_at_counts, transform_merge, undecided
+from ._merge import ROUTER_HELP, ROUTERS, plan_merge, settle_at_counts, undecided
+from ._merge_unit import transform_merge
 from ._reconstruct import ReconstructOptions, reconstruct_params
 
 if TYPE_CHECKING:

@@ -27,7 +27,8 @@ from ...errors import UsageError
 from .._mixture import mixture
 from ..base import Draft, Exactness, MethodInfo, option
 from . import m_smoe
-from ._merge import settle_at_counts, transform_merge
+from ._merge import settle_at_counts
+from ._merge_unit import transform_merge
 
 if TYPE_CHECKING:
     from ...architectures.model import Model

@@ -29,7 +29,8 @@ from ...checkpoint.reader import TensorReader
 from ...errors import InputError, UsageError
 from ..base import Draft, MethodInfo, option
 from ._groups import Grouping, from_members
-from ._merge import ROUTER_HELP, ROUTERS, plan_merge, transform_merge
+from ._merge import ROUTER_HELP, ROUTERS, plan_merge
+from ._merge_unit import transform_merge
 from ._reconstruct import ReconstructOptions, reconstruct_params
 
 if TYPE_CHECKING:
