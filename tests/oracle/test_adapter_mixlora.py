@@ -199,6 +199,7 @@ def test_the_error_of_attention_is_reported(checkpoint: Checkpoint, tmp_path: Pa
 
 def test_the_loader_computes_the_same(checkpoint: Checkpoint, tmp_path: Path) -> None:
     import mixlora
+
     base, out = checkpoint("llama"), tmp_path / "out"
     scaffold(mixed(checkpoint), out)
     config, weights = mixlora.load_adapter_weights(str(out / "mixlora"), device="cpu")
