@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import options as shared
-from .output import Reporter, emit, facts
+from .output import Reporter, emit, facts, table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,7 +28,7 @@ def verify(
     """Check that a folder is what its report says: every file, every tensor, and the promise of exactness.
 
     With `--reference`, the model that the folder was made from, a promise to compute the same function is
-    tested by running both. Exit code 5 means that something differs.
+    tested by running both. Of a folder of outputs every one is checked. Exit code 5 means that something differs.
     """
     from moesurg.surgery import verification
 
@@ -38,6 +38,14 @@ def verify(
 
 
 def _show(console: Console, record: dict[str, Any]) -> None:
+    if "outputs" in record:
+        console.print(facts({"verified": f"{record['folder']}: {len(record['outputs'])} outputs"}))
+        found = table("folder", "files", "tensors", "loads as", right=("files", "tensors"))
+        for output in record["outputs"]:
+            counts = (str(output[key]) for key in ("files", "tensors"))
+            found.add_row(output["folder"], *counts, str(output.get("loads")))
+        console.print(found)
+        return
     rows = {
         "verified": str(record["folder"]),
         "files": f"{record['files']}, as the report says",

@@ -25,6 +25,7 @@ from .sources import open_source
 from .verify_adapter import verify_adapter
 from .verify_custom import verify_custom
 
+REPORT = "report.json"
 LOGITS = "largest |difference of logits|"
 CHECK_TOKENS, CHECK_LENGTH = 512, 128
 """Tokens of text on which the promised exactness is measured, and those of one sequence at most."""
@@ -45,15 +46,35 @@ def verify(
         reference: the source to measure against; by default the one the report names, if it is still there
             with the same digests.
 
+    Of a folder of outputs, as taking everything out of a pack or a sweep makes it, every output is checked.
+
     Returns:
-        What was checked and measured, JSON values.
+        What was checked and measured, JSON values; of several outputs a list of these as ``outputs``.
 
     Raises:
-        InputError: the folder has no report.
+        InputError: neither the folder nor one in it has a report.
         VerificationError: naming the first difference.
     """
     started = time.monotonic()
     path = resolve(folder)
+    inside = (
+        [] if (path / REPORT).exists() else sorted(file.parent for file in path.glob(f"*/{REPORT}"))
+    )
+    if inside:
+        outputs = [
+            verify(str(one), reference=reference, device=device, progress=progress)
+            for one in inside
+        ]
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "command": "verify",
+            "folder": folder,
+            "verified": True,
+            "files": sum(output["files"] for output in outputs),
+            "tensors": sum(output["tensors"] for output in outputs),
+            "outputs": outputs,
+            "seconds": round(time.monotonic() - started, 3),
+        }
     report = _report(path)
     _files(path, report, progress)
     try:
@@ -99,7 +120,7 @@ def verify(
         # One sentence for folders of one kind, though adapters may count different modules.
         mixed = len({type(member) for member in members}) > 1
         loaded = "; ".join(kinds) if mixed else f"{len(members)} folders, each as {loaded}"
-    known = set(report["output"]["files"]) | {"report.json"}
+    known = set(report["output"]["files"]) | {REPORT}
     there = {found.relative_to(path).as_posix() for found in path.rglob("*") if found.is_file()}
     return {
         "schema_version": SCHEMA_VERSION,
@@ -116,19 +137,19 @@ def verify(
 
 
 def _report(path: Path) -> dict[str, Any]:
-    if not (path / "report.json").exists():
+    if not (path / REPORT).exists():
         raise InputError(
-            f"{path}: has no report.json, so there is nothing to verify against",
-            hint="verify takes the output folder of upcycle, merge or compress",
+            f"{path}: has no {REPORT}, so there is nothing to verify against",
+            hint="verify takes what moesurg wrote, or a folder of such folders",
         )
     try:
-        report = cast(dict[str, Any], read_json(contained(path, "report.json")))
+        report = cast(dict[str, Any], read_json(contained(path, REPORT)))
     except InputError as error:
         raise VerificationError(error.message, hint=error.hint) from error
     if report.get("schema_version") != SCHEMA_VERSION or "output" not in report:
-        raise InputError(f"{path / 'report.json'}: not a report of this version of moesurg")
+        raise InputError(f"{path / REPORT}: not a report of this version of moesurg")
     if report.get("digest") != self_digest(report):
-        raise VerificationError(f"{path / 'report.json'}: was changed after it was written")
+        raise VerificationError(f"{path / REPORT}: was changed after it was written")
     return report
 
 

@@ -333,6 +333,14 @@ def test_revert_all_names_folders_after_the_inputs(
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["task0", "task1"]
     assert call_cli("verify", tmp_path / "out" / "task1", "-q").code == 0
     assert call_cli("verify", tmp_path / "pack", "-q").code == 0
+    every = json.loads(call_cli("verify", tmp_path / "out", "--json", "-q").out)
+    assert [Path(output["folder"]).name for output in every["outputs"]] == ["task0", "task1"]
+    assert "2 outputs" in call_cli("verify", tmp_path / "out", "-q").out
+    weights = tmp_path / "out" / "task1" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    broken = call_cli("verify", tmp_path / "out", "-q")
+    assert broken.code == 5
+    assert str(weights) in broken.err
     unknown = call_cli("revert", tmp_path / "pack", "--task", "x", "-o", tmp_path / "x", "-q")
     assert unknown.code == 2
     assert "task0, task1" in unknown.err
