@@ -6,6 +6,7 @@ kinds, ``run.py`` chooses among them.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -70,7 +71,7 @@ class Given:
         return ["--calibration", str(self._opened.folder)]
 
 
-class Fresh:
+class Fresh(ABC):
     """Statistics collected by the run itself, kept in its staging folder until the commit.
 
     Raises:
@@ -105,9 +106,9 @@ class Fresh:
             progress=progress,
         )
 
+    @abstractmethod
     def load(self, staging: Staging, progress: Progress, stop: Stop) -> Statistics | Grams | Means:
         """Collect them. A kept file may be from a run killed while writing it: same text, same bytes."""
-        raise NotImplementedError
 
     def check(self, model: Model, digests: Mapping[Path, str]) -> None:
         """They were collected from the weights being read."""
