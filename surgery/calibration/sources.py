@@ -110,8 +110,8 @@ class Fresh(ABC):
     def load(self, staging: Staging, progress: Progress, stop: Stop) -> Statistics | Grams | Means:
         """Collect them. A kept file may be from a run killed while writing it: same text, same bytes."""
 
-    def check(self, model: Model, digests: Mapping[Path, str]) -> None:
-        """They were collected from the weights being read."""
+    def check(self, model: Model, digests: Mapping[Path, str]) -> None:  # noqa: B027
+        """Nothing to find out: they were collected from the weights being read."""
 
     def arguments(self) -> list[str]:
         words = [word for file in self.data for word in ("--data", str(file))]
