@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from .checkpoint.formats import FORMATS
+from .checkpoint.place import REPORT
 from .outputs import (
     carried_from_all,
     config_bytes,
@@ -91,4 +92,4 @@ def finish(
     report["output"] = output_record(job.plan, job.shards, hashes, small, archives)
     for name, data in small.items():
         staging.write_file(name, data)
-    staging.write_file("report.json", record.dump(report))
+    staging.write_file(REPORT, record.dump(report))

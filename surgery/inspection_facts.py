@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint.header import read_json
+from .checkpoint.place import REPORT
 from .checkpoint.reader import Checkpoint, contained
 
 _NUMBER = re.compile(r"([0-9]+)")
-REPORT = "report.json"
 PROVENANCE = (
     "moesurg",
     "operation",

@@ -12,9 +12,10 @@ from typing import Any
 
 from .checkpoint.formats import PACK
 from .checkpoint.header import read_json
+from .checkpoint.place import REPORT
 from .checkpoint.reader import contained
 from .errors import as_written
-from .inspection_facts import REPORT, count, dtypes, provenance, shards
+from .inspection_facts import count, dtypes, provenance, shards
 from .methods import load
 from .packs import Pack
 

@@ -13,6 +13,7 @@ from .checkpoint.commit import Staging
 from .checkpoint.formats import ADAPTER, FORMATS, format_of
 from .checkpoint.hub import PATTERNS
 from .checkpoint.layout import Shard
+from .checkpoint.place import REPORT
 from .checkpoint.reader import contained, file_digest
 from .checkpoint.torch_archive import write_archive
 from .plan import Plan
@@ -21,7 +22,7 @@ from .sources import Source
 TERMS = ("LICENSE*", "NOTICE*")
 CARRIED = (*PATTERNS, *TERMS)
 OWN = frozenset(
-    {"report.json", "README.md", "rank_plan.json", *(found.config for found in FORMATS.values())}
+    {REPORT, "README.md", "rank_plan.json", *(found.config for found in FORMATS.values())}
 )
 """Files that every output has anew."""
 

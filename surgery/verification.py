@@ -14,6 +14,7 @@ from .check_text import check_ids
 from .checkpoint.formats import ADAPTER, PACK, format_of
 from .checkpoint.header import read_json
 from .checkpoint.hub import resolve
+from .checkpoint.place import REPORT
 from .checkpoint.reader import Checkpoint, TensorReader, contained, file_digest, open_checkpoint
 from .checkpoint.torch_archive import difference
 from .errors import InputError, MoesurgError, VerificationError
@@ -25,7 +26,6 @@ from .sources import open_source
 from .verify_adapter import verify_adapter
 from .verify_custom import verify_custom
 
-REPORT = "report.json"
 LOGITS = "largest |difference of logits|"
 CHECK_TOKENS, CHECK_LENGTH = 512, 128
 """Tokens of text on which the promised exactness is measured, and those of one sequence at most."""

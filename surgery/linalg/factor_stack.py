@@ -167,7 +167,7 @@ class Stack:
             square = float(terms.sum())
             sizes = _sizes(gram_d, self._gram_down) + _sizes(gram_c, self._gram_up)
             bound = float(sizes.sum(dim=-1).square().sum())
-            if not bound:
+            if not bound or not self.norm:
                 return 0.0
             if square > 1e-2 * bound / (2 * sum(self._ranks)):
                 return math.sqrt(square) / self.norm

@@ -154,6 +154,15 @@ def test_a_stack_measures_what_a_cast_takes_from_it(case: str) -> None:
     assert Stack(several, weights).rounding_error(stack.total) == 0.0
 
 
+def test_a_sum_of_nothing_has_no_relative_error() -> None:
+    """Whatever its parts lose: two changes that cancel exactly, one of them rounded."""
+    pair = torch.eye(3, dtype=torch.float64)[None, :1], torch.ones(1, 4, 1, dtype=torch.float64)
+    stack = Stack([pair, pair], [1.0, -1.0])
+    down, up = stack.total
+    assert stack.norm == 0.0
+    assert stack.rounding_error((down, up * torch.tensor([1.0, 1.001]))) == 0.0
+
+
 def test_truncation_is_optimal() -> None:
     (pair,) = pairs(ranks=(6,))
     down, up = products.truncated((pair[0][None], pair[1][None]), 2)
